@@ -1,0 +1,54 @@
+# Everything a person types. Each target makes the environment it needs first.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+# transformers 4.57 lives beside the main environment: the golden tests load every conversion with both.
+TF4    := $(VENV)-tf4
+
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test check format wheel clean
+
+help:
+	@echo "make demo    set up and run the main job end to end on the embedded default"
+	@echo "make test    set up and run the whole test suite"
+	@echo "make check   ruff, mypy --strict, import floors, file sizes, public surface"
+	@echo "make format  let ruff rewrite the code"
+	@echo "make clean   remove the environments and caches"
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report]'
+	@touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(TF4)/.installed: $(BIN)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TF4) \
+		transformers==4.57.6 'huggingface_hub<1' 'tokenizers==0.22.*'
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/prismoe demo
+
+test: $(BIN)/.installed-dev $(TF4)/.installed
+	PRISMOE_TF4=$(abspath $(TF4)) $(BIN)/python -m pytest
+
+check: $(BIN)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_public.py
+
+format: $(BIN)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(BIN)/.installed-dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) $(TF4) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
