@@ -1,0 +1,238 @@
+"""Folders that are never half-written: temporary name, fsync, rename, and a manifest that is written last.
+
+A folder of ours carries `prismoe.json` (kind and key of what is being made) from the first moment and
+`manifest.json` from the last: the manifest's presence means complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypedDict
+
+from prismoe.errors import InputError, ResourceError
+
+__all__ = [
+    "FileEntry",
+    "Manifest",
+    "claim",
+    "fsync_folder",
+    "hash_files",
+    "sha256_file",
+    "versions",
+    "write_atomic",
+    "write_json_atomic",
+]
+
+MANIFEST = "manifest.json"
+MARKER = "prismoe.json"
+LOCK = ".prismoe.lock"
+_HASH_CHUNK = 1 << 20
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (a rename is not, until its folder is synced)."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+
+    Raises:
+        ResourceError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ResourceError(f"cannot write: {error.strerror}", where=str(path)) from error
+
+
+def write_json_atomic(path: Path, obj: object) -> None:
+    """`write_atomic` of readable JSON with sorted keys: equal objects give equal bytes. NaN is refused."""
+    text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, (text + "\n").encode())
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of the bytes of `path`."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Manifest entries of `names` in `folder` (names may contain `/`)."""
+    return {name: {"sha256": sha256_file(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result, read from package metadata so that nothing heavy is imported."""
+    found = {"python": platform.python_version()}
+    for name in ("prismoe", "numpy", "ml_dtypes", "safetensors", "tokenizers", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an absent package cannot have taken part
+    return found
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished folder holds and how it came to be. No times: the same command gives the same bytes.
+
+    `parents` maps a role ("source", "plan", …) to a fingerprint, `files` a name in the folder to its size and sha256.
+    `key` is the key the folder was claimed with.
+    """
+
+    kind: str
+    parents: dict[str, str]
+    config: dict[str, Any]
+    files: dict[str, FileEntry]
+    key: str = ""
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`; call it last, after every file of the folder is in place."""
+        write_json_atomic(folder / MANIFEST, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest of a complete folder, None when there is none.
+
+        Raises:
+            InputError: `manifest.json` is there but is not one of ours.
+        """
+        path = Path(folder) / MANIFEST
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"not a readable manifest ({error})", where=str(path)) from error
+
+    def check(self, folder: Path) -> None:
+        """Compare size and sha256 of every file.
+
+        Raises:
+            InputError: a file is missing or is not what was written.
+        """
+        for name, entry in self.files.items():
+            path = Path(folder) / name
+            if not path.is_file():
+                raise InputError("listed in the manifest but missing", where=str(path))
+            if (size := path.stat().st_size) != entry["bytes"]:
+                raise InputError(f"{size} bytes", where=str(path), needed=f"{entry['bytes']} (manifest.json)")
+            if (found := sha256_file(path)) != entry["sha256"]:
+                raise InputError(
+                    f"sha256 {found[:12]}… differs from the manifest's {entry['sha256'][:12]}…",
+                    where=str(path),
+                    hint="the file was changed after it was written; make the folder again",
+                )
+
+    def same_work(self, kind: str, key: str) -> bool:
+        """Whether this is the finished result of the same job."""
+        return self.kind == kind and self.key == key
+
+
+def _marker(out: Path) -> Mapping[str, Any] | None:
+    try:
+        marker = json.loads((out / MARKER).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) and {"kind", "key"} <= marker.keys() else None
+
+
+def _lock(out: Path) -> int:
+    """Hold the folder's lock file; the kernel drops it when the process ends, however it ends."""
+    path = out / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise ResourceError(
+                f"output folder is in use by process {pid}", where=str(out), hint="wait for it, or choose another --out"
+            ) from None
+        # The holder unlinks the file before it lets go, so a lock on a file without a name protects nothing.
+        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            return handle
+        os.close(handle)
+
+
+@contextmanager
+def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Path]:
+    """Hold `out` for one job: `kind` names the verb, `key` is a hash over everything that decides the bytes.
+
+    An empty or new folder becomes ours; a folder of the same kind and key is continued; one of another key or kind
+    is refused unless `force`, which empties it first. A folder that is not ours is refused whatever `force` says.
+    Left-over partial files of `write_atomic` are removed.
+
+    Raises:
+        ResourceError: in use by another process, holds something else, or cannot be written.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = _lock(out)
+    except OSError as error:
+        raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error
+    try:
+        _take_over(out, kind=kind, key=key, force=force)
+        yield out
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _take_over(out: Path, *, kind: str, key: str, force: bool) -> None:
+    for leftover in out.glob(".*.partial"):
+        leftover.unlink()
+    marker = _marker(out)
+    entries = [path for path in out.iterdir() if path.name != LOCK]
+    if marker is None and entries:
+        raise ResourceError(
+            f"output folder holds something else ({min(path.name for path in entries)})",
+            where=str(out),
+            hint="choose an empty or new folder with --out",
+        )
+    if marker is not None and force:
+        # The marker goes last, so that an interrupted clean-up still leaves a folder that is known to be ours.
+        for path in sorted(entries, key=lambda path: path.name == MARKER):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    elif marker is not None and (marker["kind"], marker["key"]) != (kind, key):
+        what = "a different job" if marker["kind"] == kind else f"the output of '{marker['kind']}'"
+        raise ResourceError(
+            f"output folder holds {what}", where=str(out), hint="--force replaces it, or choose another --out"
+        )
+    write_json_atomic(out / MARKER, {"kind": kind, "key": key})
