@@ -82,6 +82,11 @@ class DenseConfig:
     use_cache: bool
     dtype: str | None  # "bfloat16", …; None where config.json does not say
 
+    @property
+    def slides_uniformly(self) -> bool:
+        """True when every layer has the sliding window, or none has."""
+        return len(self.sliding_layers) in (0, self.num_layers)
+
 
 def dense_config(config: Mapping[str, Any], *, where: str = "config.json") -> DenseConfig:
     """Read a config.json of a known family.

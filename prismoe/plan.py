@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from prismoe import registry
+from prismoe.checkpoint import FFN, Checkpoint
+from prismoe.errors import InputError, UsageError
+from prismoe.folder import write_atomic
 from prismoe.recipe import IntArray
+from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
 
-__all__ = ["LayerPlan", "Origin", "Plan", "RouterDraw"]
+__all__ = [
+    "LayerPlan",
+    "LayerView",
+    "Origin",
+    "Plan",
+    "PlanShape",
+    "RouterDraw",
+    "make_plan",
+    "plan_shape",
+    "select_layers",
+]
 
 FloatArray = npt.NDArray[np.float32]
+FORMAT = "prismoe-plan-1"
+MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,10 +70,317 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One `LayerPlan` per layer, or None where the layer stays dense. `num_neurons` F and `hidden_size` D are the dense model's."""
+    """One `LayerPlan` per layer, or None where the layer stays dense.
+
+    `num_neurons` F and `hidden_size` D are the dense model's.
+    """
 
     layers: tuple[LayerPlan | None, ...]
     top_k: int
     num_neurons: int
     hidden_size: int
     origin: Origin = field(repr=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one .safetensors file: index tensors, and everything else readable in the header.
+
+        Experts that all hold every neuron are named in the header instead of stored. Equal plans give equal bytes.
+        """
+        path = Path(path)
+        header, tensors = _pack(self)
+        entries = [(name, "F32" if a.dtype == np.float32 else "I32", a.shape) for name, a in tensors.items()]
+        data = b"".join(
+            np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes() for array in tensors.values()
+        )
+        write_atomic(path, header_bytes(entries, metadata=header) + data)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and check every index in it.
+
+        Raises:
+            InputError: not a plan, damaged, or inconsistent; names the file and the layer.
+        """
+        return _unpack(Path(path))
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """What a plan comes to in numbers: all that an accountant or a target's rules need. Widths are before padding."""
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    expert_width: int  # the widest, where layers differ
+    shared_width: int
+    scales: tuple[float, ...]  # the different ones, ascending
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that stay as they are."""
+        return tuple(layer for layer in range(self.num_layers) if layer not in set(self.moe_layers))
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a method may look at: one layer's sizes, the plan's top_k, its random stream, and its weights on request."""
+
+    index: int
+    num_neurons: int
+    hidden_size: int
+    top_k: int
+    seed: int
+    ffn: Callable[[], FFN]
+
+    def generator(self) -> np.random.Generator:
+        """A Philox stream of (seed, layer), far from the one that router rows are drawn from."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, self.index], counter=[0, 0, 0, 1]))
+
+
+def make_plan(
+    source: str | Path | Checkpoint,
+    *,
+    method: str = "random",
+    layers: str | int | Sequence[int] = "all",
+    top_k: int = 2,
+    seed: int = 0,
+    **arguments: Any,
+) -> Plan:
+    """Plan how the FFN of each selected layer becomes experts. Needs no weights unless the method looks at them.
+
+    Args:
+        source: a checkpoint, its folder or hub name; `config.json` alone will do.
+        method: a file of `prismoe/methods`; `arguments` are its keyword parameters.
+        layers: see `select_layers`; the others stay dense.
+        top_k: experts per token.
+        seed: of everything that draws.
+
+    Raises:
+        UsageError: an unknown method or argument, more active experts than there are, a width that does not divide.
+        InputError: the checkpoint is not one that prismoe reads.
+    """
+    checkpoint = Checkpoint.open(source)
+    dense = checkpoint.family
+    split = registry.load("prismoe.methods", method, where="method").split
+    bound = registry.arguments(split, arguments, where=f"method {method}")
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"{seed}", where="seed", needed="a whole number from 0 to 2**64 - 1")
+    if top_k < 1:
+        raise UsageError(f"{top_k}", where="top_k", needed="at least 1")
+    num_experts = bound.get("num_experts", top_k)
+    if top_k > num_experts:
+        raise UsageError(f"{top_k} of {num_experts} experts", where="top_k", needed=f"at most {num_experts}")
+    plans: list[LayerPlan | None] = [None] * dense.num_layers
+    for index in select_layers(layers, dense.num_layers):
+        view = LayerView(
+            index=index,
+            num_neurons=dense.intermediate_size,
+            hidden_size=dense.hidden_size,
+            top_k=top_k,
+            seed=seed,
+            ffn=lambda index=index: checkpoint.ffn(index),  # type: ignore[misc]
+        )
+        plans[index] = split(view, **bound)
+    plan = Plan(
+        layers=tuple(plans),
+        top_k=top_k,
+        num_neurons=dense.intermediate_size,
+        hidden_size=dense.hidden_size,
+        origin=Origin(method=method, arguments=bound, seed=seed, source=checkpoint.fingerprint),
+    )
+    _check(plan, where=f"method {method}")
+    return plan
+
+
+def select_layers(layers: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Layers named by "all", "even", "odd", ranges and numbers ("0,4-27"), or a list; ascending, from 0.
+
+    Raises:
+        UsageError: a word we do not know, a layer that is not there, or none at all.
+    """
+    needed = f'"all", "even", "odd", "4-27", "0,3" or a list of layers below {num_layers}'
+    words = {"all": range(num_layers), "even": range(0, num_layers, 2), "odd": range(1, num_layers, 2)}
+    found: Iterable[int]
+    if isinstance(layers, str):
+        try:
+            found = words[layers] if layers in words else [x for part in layers.split(",") for x in _range(part)]
+        except ValueError:
+            raise UsageError(f"{layers!r}"[:80], where="layers", needed=needed) from None
+    else:
+        found = [layers] if isinstance(layers, int) else layers
+    chosen = sorted(set(found))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+        raise UsageError(f"{layers!r}"[:80] + f" of {num_layers} layers", where="layers", needed=needed)
+    return tuple(chosen)
+
+
+def plan_shape(plan: Plan) -> PlanShape:
+    """The numbers of a plan (every checked plan has at least one MoE layer and one number of experts)."""
+    moe = {index: layer for index, layer in enumerate(plan.layers) if layer is not None}
+    return PlanShape(
+        num_layers=len(plan.layers),
+        moe_layers=tuple(moe),
+        num_experts=len(next(iter(moe.values())).experts),
+        top_k=plan.top_k,
+        expert_width=max(layer.experts.shape[1] for layer in moe.values()),
+        shared_width=max(len(layer.shared) for layer in moe.values()),
+        scales=tuple(sorted({float(layer.scale) for layer in moe.values()})),
+    )
+
+
+def _range(part: str) -> range:
+    first, dash, last = part.strip().partition("-")
+    # int() accepts " 4", "٤" and "1_0"; a layer number is plain digits.
+    if (
+        not (first.isascii() and first.isdigit() and (not dash or (last.isascii() and last.isdigit())))
+        or len(part) > 20
+    ):
+        raise ValueError(part)
+    return range(int(first), min(int(last or first), 1_000_000) + 1)
+
+
+def _pack(plan: Plan) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
+    """Header strings and the tensors that need storing."""
+    rows: list[dict[str, Any] | None] = []
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for index, layer in enumerate(plan.layers):
+        if layer is None:
+            rows.append(None)
+            continue
+        copies = layer.experts.shape[1] == plan.num_neurons
+        drawn = isinstance(layer.router, RouterDraw)
+        rows.append(
+            {
+                "num_experts": len(layer.experts),
+                "experts": "all neurons" if copies else "stored",
+                "shared": len(layer.shared),
+                "scale": float(layer.scale),
+                "router": asdict(layer.router) if isinstance(layer.router, RouterDraw) else "stored",
+            }
+        )
+        at = f"layers.{index}"
+        if not copies:
+            tensors[f"{at}.experts"] = layer.experts.astype(np.int32)
+        if len(layer.shared):
+            tensors[f"{at}.shared"] = layer.shared.astype(np.int32)
+        if not drawn:
+            tensors[f"{at}.router"] = np.asarray(layer.router, np.float32)
+    header = {
+        "format": FORMAT,
+        "top_k": str(plan.top_k),
+        "num_neurons": str(plan.num_neurons),
+        "hidden_size": str(plan.hidden_size),
+        "origin": json.dumps(asdict(plan.origin), sort_keys=True),
+        "layers": json.dumps(rows),
+    }
+    return header, tensors
+
+
+def _unpack(path: Path) -> Plan:
+    where = str(path)
+    infos, header = read_header(path)
+    if header.get("format") != FORMAT:
+        raise InputError(f"format {header.get('format')!r}", where=where, needed=f"a plan ({FORMAT})")
+    data = path.read_bytes()
+    used: set[str] = set()
+
+    def stored(name: str, dtype: str) -> npt.NDArray[Any]:
+        info = infos.get(name)
+        if info is None or info.dtype != dtype:
+            raise InputError("missing or of a wrong dtype", where=f"{where}: {name}", needed=dtype)
+        used.add(name)
+        count = info.nbytes // 4
+        return np.frombuffer(data, np.dtype(DTYPES[dtype]), count=count, offset=info.start).reshape(info.shape)
+
+    try:
+        body = parse_json(
+            "{{{}}}".format(
+                ",".join(f'"{k}":{header[k]}' for k in ("top_k", "num_neurons", "hidden_size", "origin", "layers"))
+            ).encode(),
+            where=where,
+        )
+        every = np.arange(_count(body["num_neurons"], 2**31 - 1), dtype=np.int32)
+        layers: list[LayerPlan | None] = []
+        for index, row in enumerate(body["layers"]):
+            if row is None:
+                layers.append(None)
+                continue
+            at, router = f"layers.{index}", row["router"]
+            shape = (_count(row["num_experts"], MAX_EXPERTS), len(every))
+            layers.append(
+                LayerPlan(
+                    experts=np.broadcast_to(every, shape)
+                    if row["experts"] == "all neurons"
+                    else stored(f"{at}.experts", "I32"),
+                    shared=stored(f"{at}.shared", "I32") if row["shared"] else np.empty(0, np.int32),
+                    router=stored(f"{at}.router", "F32") if router == "stored" else RouterDraw(**router),
+                    scale=row["scale"],
+                )
+            )
+        plan = Plan(
+            layers=tuple(layers),
+            top_k=body["top_k"],
+            num_neurons=len(every),
+            hidden_size=_count(body["hidden_size"], 2**31 - 1),
+            origin=Origin(**body["origin"]),
+        )
+    except (KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise InputError(
+            f"header is damaged ({error!r})"[:120], where=where, needed="a plan written by prismoe"
+        ) from error
+    if unused := sorted(infos.keys() - used):
+        raise InputError(f"unexpected tensor {unused[0]}", where=where)
+    _check(plan, where=where)
+    return plan
+
+
+def _count(value: Any, ceiling: int) -> int:
+    if type(value) is not int or not 0 < value <= ceiling:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _check(plan: Plan, *, where: str) -> None:
+    """Everything a plan promises, so that no later stage has to doubt an index."""
+    problem = _problem(plan)
+    if problem:
+        raise InputError(problem, where=where)
+
+
+def _problem(plan: Plan) -> str:
+    counts = {len(layer.experts) for layer in plan.layers if layer is not None and layer.experts.ndim == 2}
+    if not counts:
+        return "no layer has experts"
+    if len(counts) > 1:
+        return f"layers with {' and '.join(map(str, sorted(counts)))} experts; one model has one number of experts"
+    if type(plan.top_k) is not int or not 1 <= plan.top_k <= min(counts):
+        return f"top_k {plan.top_k} of {min(counts)} experts"
+    for index, layer in enumerate(plan.layers):
+        if layer is not None and (problem := _layer_problem(layer, plan)):
+            return f"layer {index}: {problem}"
+    return ""
+
+
+def _layer_problem(layer: LayerPlan, plan: Plan) -> str:
+    if layer.experts.ndim != 2 or not layer.experts.size or layer.shared.ndim != 1:
+        return f"experts {list(layer.experts.shape)} and shared {list(layer.shared.shape)} are not [E, W] and [S]"
+    for name, ids in (("experts", layer.experts), ("shared", layer.shared)):
+        if ids.size and (ids.min() < 0 or ids.max() >= plan.num_neurons):
+            return f"{name} name a neuron outside 0..{plan.num_neurons - 1}"
+        if (np.diff(ids) <= 0).any():
+            return f"{name} are not in ascending order or repeat a neuron"
+    router = layer.router
+    if isinstance(router, RouterDraw):
+        if type(router.seed) is not int or not 0 <= router.seed < 2**64 or not _finite(router.std) or router.std < 0:
+            return f"router {router}"
+    elif router.shape != (len(layer.experts), plan.hidden_size) or not np.isfinite(router).all():
+        return f"router {list(router.shape)} is not finite [{len(layer.experts)}, {plan.hidden_size}]"
+    if not _finite(layer.scale) or layer.scale <= 0:
+        return f"scale {layer.scale} is not a positive number"
+    return ""
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
