@@ -1,0 +1,53 @@
+"""The log of a run: one JSON object a line, and no clock in it, so that a resumed run writes the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from prismoe.errors import InputError
+
+__all__ = ["MetricsLog", "read_metrics"]
+
+
+class MetricsLog:
+    """Append-only `metrics.jsonl`. `position` is its length in bytes: what a training checkpoint remembers."""
+
+    def __init__(self, path: Path, *, position: int) -> None:
+        """Open `path` and cut it to `position`: lines behind the checkpoint will be written again.
+
+        Raises:
+            InputError: the log is shorter than the checkpoint says.
+        """
+        self._file = path.open("ab")
+        found = self._file.seek(0, os.SEEK_END)
+        if found < position:
+            self._file.close()
+            raise InputError(
+                f"{found} bytes", where=str(path), needed=f"at least {position}", hint="start anew: --force"
+            )
+        self._file.truncate(position)
+        self._file.seek(position)
+
+    @property
+    def position(self) -> int:
+        return self._file.tell()
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make all lines durable, so that a checkpoint never remembers more than the disk holds."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a torn last line (the run is being written) is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]

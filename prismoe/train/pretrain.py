@@ -1,0 +1,196 @@
+"""`pretrain`: go on training a checkpoint (or train one from its config alone) on weighted domains.
+
+Dense or mixture, the model is the stock class and what comes out is a stock folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prismoe.checkpoint import Checkpoint
+from prismoe.data.mixture import Mixture
+from prismoe.data.shards import Domain
+from prismoe.errors import InputError
+from prismoe.folder import Manifest, claim, hash_files, sha256_file
+from prismoe.progress import Progress, quiet
+from prismoe.train.metrics import read_metrics
+from prismoe.train.routers import arguments_of
+from prismoe.train.settings import PretrainConfig
+
+__all__ = ["PretrainConfig", "Trained", "pretrain"]
+
+KIND, MODEL_KIND = "pretrain", "model"
+# They change when the state is saved and how fast it goes, never the result.
+_NOT_IN_KEY = ("save_every", "keep")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after.
+
+    `mixture` is requested against achieved shares. `resumed_from` counts the steps that an earlier command had done;
+    `seconds` and `tokens_per_second` speak of this command and are None when nothing was left to do.
+    """
+
+    model: Path
+    steps: int
+    tokens: int
+    parameters: int
+    first_loss: float
+    last_loss: float
+    heldout_before: dict[str, float]
+    heldout_after: dict[str, float]
+    mixture: list[dict[str, Any]]
+    router: str | None
+    router_gradient_norm: tuple[float, float] | None
+    idle_experts: int | None
+    resumed_from: int
+    seconds: float | None
+    tokens_per_second: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "model": str(self.model)}
+
+
+def pretrain(
+    source: str | Path | Checkpoint,
+    config: PretrainConfig,
+    *,
+    domains: Iterable[Domain | str | Path],
+    weights: Mapping[str, float] | str = "proportional",
+    out: str | Path,
+    force: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    on_progress: Progress = quiet,
+) -> Trained | None:
+    """Train the model of `source` on `domains` mixed by `weights` and leave it in `out/model`.
+
+    `out` also holds `metrics.jsonl` and, while training, `checkpoints/`. The same command continues a stopped run and
+    gives the same bytes as one that never stopped; a finished run is recognised and left alone. With `dry_run`
+    everything is checked, nothing is written and None is returned.
+
+    Raises:
+        UsageError: settings that do not fit together, the model or the domains.
+        InputError: a checkpoint or domain that is damaged or made with another tokenizer.
+        ResourceError: `out` is in use or not ours.
+        NumericalError: loss, gradient or router gradient that cannot be.
+        InterruptedRun: SIGINT or SIGTERM came; the state is saved.
+    """
+    out = Path(out)
+    config = replace(config, arguments=arguments_of(config.router, config.arguments))
+    checkpoint = Checkpoint.open(source, offline=offline)
+    opened = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
+    mixture = Mixture(
+        opened,
+        weights=weights,
+        seq_len=config.seq_len,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_epochs=config.max_epochs,
+    )
+    mixture.check(config.steps)
+    _check_fit(checkpoint, config, mixture)
+    settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
+    parents = {"source": checkpoint.fingerprint, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
+    decisive = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_KEY}
+    key = _hash([decisive, settings["weights"], parents])
+    if dry_run:
+        return None
+    with claim(out, kind=KIND, key=key, force=force):
+        done = Manifest.read(out)
+        if done is not None:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            return _receipt(out, done.config["result"], resumed_from=config.steps, seconds=None, steps_run=0)
+        result, finished = _train(checkpoint, config, mixture, out, settings, on_progress)
+        files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
+        Manifest(kind=KIND, parents=parents, config={**settings, "result": result}, files=files, key=key).write(out)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        resumed_from, seconds, steps_run = finished
+        return _receipt(out, result, resumed_from=resumed_from, seconds=seconds, steps_run=steps_run)
+
+
+def _train(
+    checkpoint: Checkpoint,
+    config: PretrainConfig,
+    mixture: Mixture,
+    out: Path,
+    settings: dict[str, Any],
+    on_progress: Progress,
+) -> tuple[dict[str, Any], tuple[int, float, int]]:
+    from prismoe.train.device import matmul_kernel, num_threads
+    from prismoe.train.loop import train
+    from prismoe.train.model import load_model, random_model, save_model
+
+    with num_threads(config.threads), matmul_kernel(fast=config.fast_matmul):
+        if config.init == "random":
+            model = random_model(checkpoint.folder, seed=config.seed)
+        else:
+            model = load_model(checkpoint.folder)
+        finished = train(model, config, mixture=mixture, out=out, on_progress=on_progress)
+        files = save_model(model, checkpoint, out / "model")
+    model_files = hash_files(out / "model", files)
+    Manifest(kind=MODEL_KIND, parents={"source": checkpoint.fingerprint}, config=settings, files=model_files).write(
+        out / "model"
+    )
+    lines = read_metrics(out / "metrics.jsonl")
+    steps = [line for line in lines if line["event"] == "step"]
+    evals = [line for line in lines if line["event"] == "eval"]
+    norms = [line["router_gradient_norm"] for line in steps if "router_gradient_norm" in line]
+    result = {
+        "steps": len(steps),
+        "tokens": sum(line["tokens"] for line in steps),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "heldout_before": {name: score["loss"] for name, score in evals[0]["heldout"].items()},
+        "heldout_after": {name: score["loss"] for name, score in evals[-1]["heldout"].items()},
+        "mixture": [asdict(share) for share in mixture.report(config.steps)],
+        "router": config.router if finished.num_routers else None,
+        "router_gradient_norm": [min(norms), max(norms)] if norms else None,
+        "idle_experts": evals[-1].get("idle"),
+    }
+    return result, (finished.resumed_from, finished.seconds, finished.steps_run)
+
+
+def _receipt(out: Path, result: dict[str, Any], *, resumed_from: int, seconds: float | None, steps_run: int) -> Trained:
+    norms = result["router_gradient_norm"]
+    rate = result["tokens"] * steps_run / result["steps"] / seconds if seconds else None
+    fields = {**result, "router_gradient_norm": None if norms is None else (norms[0], norms[1])}
+    return Trained(model=out / "model", resumed_from=resumed_from, seconds=seconds, tokens_per_second=rate, **fields)
+
+
+def _check_fit(checkpoint: Checkpoint, config: PretrainConfig, mixture: Mixture) -> None:
+    """The domains' tokens are ones the model knows, and the sequences fit into its positions."""
+    where = str(checkpoint.folder)
+    if config.init == "source" and not checkpoint.has_weights:
+        raise InputError("no weights", where=where, hint="pretrain.init=random trains from the config alone")
+    vocab_size, positions = checkpoint.config.get("vocab_size"), checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.seq_len > positions:
+        raise InputError(f"{positions} positions", where=where, needed=f"pretrain.seq_len {config.seq_len} or more")
+    tokenizer = checkpoint.folder / "tokenizer.json"
+    for domain in mixture.domains:
+        if isinstance(vocab_size, int) and domain.vocab_size > vocab_size:
+            raise InputError(
+                f"ids up to {domain.vocab_size - 1}", where=str(domain.folder), needed=f"below vocab_size {vocab_size}"
+            )
+        if tokenizer.is_file() and sha256_file(tokenizer) != domain.tokenizer_sha256:
+            raise InputError(
+                "prepared with another tokenizer than the model's",
+                where=str(domain.folder),
+                hint="prepare it again with the tokenizer of the source",
+            )
+
+
+def _domain_hash(domain: Domain) -> str:
+    return sha256_file(domain.folder / "manifest.json")
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,79 @@
+"""What a training run is made of. No torch here: a config file is checked without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from prismoe.errors import UsageError
+
+__all__ = ["PretrainConfig"]
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of `pretrain`. Defaults are LLaMA-MoE's (arXiv 2406.16554, appendix) where it states them.
+
+    A batch is `batch_size` sequences of `seq_len` tokens, computed `micro_batch_size` sequences at a time (0: all
+    at once). `init` "random" draws the weights anew from the config of the source instead of reading them.
+    Learning rate: linear warm-up over `warmup_steps`, half-cosine to `min_lr_ratio` · `lr`. Weight decay spares
+    norms and biases. `clip` is the largest global gradient norm. `precision` "bf16" computes matrix products in
+    bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (twice as fast
+    on some AMD CPUs, lower precision on others): it is tried once against float64 and refused when off by > 1e-5.
+    `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own.
+    `eval_every` and `save_every` count steps (0: only at the ends); `eval_tokens` bounds the held-out tokens read
+    per domain; `keep` is how many training checkpoints stay. A run that would
+    read a domain more than `max_epochs` times is refused. `threads` 0 leaves the number to torch.
+    """
+
+    steps: Positive = 1000
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    batch_size: Positive = 16
+    micro_batch_size: Count = 0
+    init: Literal["source", "random"] = "source"
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    warmup_steps: Count = 100
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    fast_matmul: bool = False
+    router: str = "switch"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    eval_every: Count = 0
+    eval_tokens: Annotated[int, Field(ge=2)] = 65_536
+    save_every: Count = 0
+    keep: Positive = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    max_epochs: Annotated[float, Field(gt=0)] = 4.0
+    threads: Count = 0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            try:
+                TypeAdapter(hints[item.name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+            except ValidationError as error:
+                problem = error.errors(include_url=False)[0]["msg"]
+                raise UsageError(f"{value!r}: {problem}", where=f"pretrain.{item.name}") from error
+        if self.warmup_steps >= self.steps:
+            raise UsageError(
+                f"{self.warmup_steps} warm-up steps of {self.steps} steps",
+                where="pretrain.warmup_steps",
+                needed="fewer than steps",
+                hint="with so few steps, warmup_steps=0 or a tenth of them",
+            )
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise UsageError(
+                f"{self.micro_batch_size} does not divide batch_size {self.batch_size}",
+                where="pretrain.micro_batch_size",
+                needed="a divisor of batch_size, or 0 for the whole batch",
+            )
