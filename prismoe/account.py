@@ -1,0 +1,115 @@
+"""What a plan would come to, from config.json alone: parameters, arithmetic, bytes, time, and which targets take it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prismoe.family import DenseConfig, tensor_shapes
+from prismoe.plan import PlanShape
+from prismoe.target import PAD_TO, Objection, Target, padded
+from prismoe.targets import all_targets, find_target
+
+__all__ = ["Account", "account"]
+
+ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, None: 2}
+BYTES_PER_SECOND = 1e9
+"""What the convert time is estimated with: reading and writing one gigabyte each second, a plain NVMe disk."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Counts are of parameters. "Active" is what one token passes through: both embeddings, router, K experts, shared.
+
+    Zero neurons that pad an expert's width are counted in `padding_parameters` and the bytes, nowhere else.
+    `flops_per_token` is 2 per active weight of a matrix multiplication in a forward pass (attention scores, which
+    grow with the context, and the embedding look-up not counted).
+    """
+
+    target: str
+    dense_parameters: int
+    total_parameters: int
+    active_parameters: int
+    padding_parameters: int
+    ffn_active_percent: float  # of the converted model's own FFN weights
+    ffn_active_percent_of_dense: float  # 200 for two copies of the dense FFN
+    flops_per_token: int
+    dense_flops_per_token: int
+    disk_bytes: int
+    ram_bytes: int  # to hold the weights in the checkpoint's dtype
+    convert_seconds: float  # estimated at BYTES_PER_SECOND
+    accepted_by: tuple[str, ...]
+    objections: Mapping[str, tuple[Objection, ...]]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def account(dense: DenseConfig, shape: PlanShape, target: Target | str = "mixtral", *, pad_to: int = PAD_TO) -> Account:
+    """Account for a plan on a dense model as `target` would store it. Reads nothing.
+
+    The other targets' verdicts are in `accepted_by` and `objections`.
+    """
+    if isinstance(target, str):
+        target = find_target(target)
+    hidden, layers = dense.hidden_size, len(shape.moe_layers)
+    sizes = {name: math.prod(dims) for name, dims in tensor_shapes(dense).items()}
+    total_dense = sum(sizes.values())
+    ffn = 3 * hidden * dense.intermediate_size
+    router = shape.num_experts * hidden
+    routed, shared = 3 * hidden * shape.expert_width, 3 * hidden * shape.shared_width
+    wide = 3 * hidden * padded(shape.expert_width, pad_to) - routed
+    wide_shared = 3 * hidden * padded(shape.shared_width, pad_to) - shared
+    biases = _missing_biases(dense, target)
+    total = total_dense + biases + layers * (shape.num_experts * routed + shared + router - ffn)
+    active = total - layers * (shape.num_experts - shape.top_k) * routed
+    padding = layers * (shape.num_experts * wide + wide_shared)
+    kept = (dense.num_layers - layers) * ffn
+    ffn_active = kept + layers * (shape.top_k * routed + shared)
+    vectors = sum(sizes[name] for name, dims in tensor_shapes(dense).items() if len(dims) == 1)
+    head = dense.vocab_size * hidden if dense.tie_embeddings else 0
+    embedding = dense.vocab_size * hidden
+    item = ITEM_BYTES.get(dense.dtype, 2)
+    disk = (total + padding) * item
+    verdicts = {name: other.objections(dense, shape) for name, other in all_targets().items()}
+    return Account(
+        target=target.name,
+        dense_parameters=total_dense,
+        total_parameters=total,
+        active_parameters=active,
+        padding_parameters=padding,
+        ffn_active_percent=100 * ffn_active / (kept + layers * (shape.num_experts * routed + shared)),
+        ffn_active_percent_of_dense=100 * ffn_active / (dense.num_layers * ffn),
+        flops_per_token=2 * (active - biases - vectors - embedding + head),
+        dense_flops_per_token=2 * (total_dense - vectors - embedding + head),
+        disk_bytes=disk,
+        ram_bytes=disk,
+        convert_seconds=(total_dense * item + disk) / BYTES_PER_SECOND,
+        accepted_by=tuple(name for name, found in verdicts.items() if not found),
+        objections={name: found for name, found in verdicts.items() if found},
+        notes=_notes(dense, shape, pad_to),
+    )
+
+
+def _missing_biases(dense: DenseConfig, target: Target) -> int:
+    """Zero biases that the target wants and the source has not (Qwen2's output projection in Granite)."""
+    wanted = dense.qkv_bias and not dense.o_bias and "o" in target.biases
+    return dense.num_layers * dense.hidden_size if wanted else 0
+
+
+def _notes(dense: DenseConfig, shape: PlanShape, pad_to: int) -> tuple[str, ...]:
+    notes = []
+    width = padded(shape.expert_width, pad_to)
+    if width != shape.expert_width:
+        notes.append(
+            f"experts of {shape.expert_width} neurons are stored {width} wide; the zero neurons change nothing"
+        )
+    if dense.dtype != "float32" and any(math.frexp(scale)[0] != 0.5 for scale in shape.scales):
+        uneven = ", ".join(f"{scale:g}" for scale in shape.scales)
+        notes.append(
+            f"scale {uneven} is not a power of two: folding it rounds down_proj once in {dense.dtype or '16 bit'}"
+        )
+    return tuple(notes)
