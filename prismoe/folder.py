@@ -156,6 +156,12 @@ class Manifest:
                     hint="the file was changed after it was written; make the folder again",
                 )
 
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Take the promise of completeness back, before anything in the folder is written anew."""
+        (Path(folder) / MANIFEST).unlink(missing_ok=True)
+        fsync_folder(folder)
+
     def same_work(self, kind: str, key: str) -> bool:
         """Whether this is the finished result of the same job."""
         return self.kind == kind and self.key == key

@@ -1,0 +1,193 @@
+"""Runs recipes: any run of bytes of any output tensor is made on its own, so memory never depends on tensor sizes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prismoe.checkpoint import Checkpoint
+from prismoe.errors import InputError
+from prismoe.layout import Piece, lay_out, recipe_tensor
+from prismoe.recipe import Copy, Fill, Recipe, Take
+from prismoe.tensorfile import DTYPES, ITEM_BYTES
+
+__all__ = ["Gatherer", "draw", "execute"]
+
+Array = npt.NDArray[Any]
+
+ROWS = 64  # rows gathered at a time: source and result of a column gather stay in the second-level cache
+INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
+
+
+def draw(fill: Fill) -> Array:
+    """The numbers of a fill in its dtype: drawn in float64 by Philox under the recipe's key, rounded once."""
+    if fill.rows is not None:
+        numbers: Array = fill.rows
+    elif fill.std == 0.0:
+        numbers = np.zeros(fill.shape)
+    else:
+        numbers = np.random.Generator(np.random.Philox(key=fill.key)).standard_normal(fill.shape) * fill.std
+    with np.errstate(over="ignore"):
+        made = np.ascontiguousarray(numbers.astype(DTYPES[fill.dtype]))
+    if not _finite(_bits(made), fill.dtype):
+        raise InputError("numbers that are not finite", where=f"fill of {fill.shape} as {fill.dtype}")
+    return made
+
+
+def execute(checkpoint: Checkpoint, recipe: Recipe) -> Array:
+    """The whole tensor that `recipe` makes, in memory; the bytes are those that `convert` writes.
+
+    Raises:
+        InputError: the source lacks what the recipe asks for, or holds NaN or infinity.
+    """
+    dtype, shape = recipe_tensor(recipe, checkpoint.tensors, key="tensor")
+    (shard,) = lay_out({"tensor": recipe}, checkpoint.tensors, max_shard_bytes=1 << 62)
+    data = bytearray(shard.nbytes - len(shard.header))
+    with Gatherer.reading(checkpoint) as gatherer:
+        for piece in shard.pieces:
+            start = piece.start - len(shard.header)
+            gatherer.fill(piece, 0, piece.nbytes, memoryview(data)[start : start + piece.nbytes])
+    return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+
+
+class Gatherer:
+    """Fills byte windows of pieces from a checkpoint. Safe to use from several threads at once."""
+
+    def __init__(self, checkpoint: Checkpoint, files: dict[Path, int]) -> None:
+        self._checkpoint = checkpoint
+        self._files = files
+        self._draw = lru_cache(maxsize=32)(draw)
+        self._index = lru_cache(maxsize=64)(_row_index)
+
+    @classmethod
+    @contextmanager
+    def reading(cls, checkpoint: Checkpoint) -> Iterator[Gatherer]:
+        """A gatherer with the checkpoint's shards open."""
+        files: dict[Path, int] = {}
+        try:
+            for path in sorted({info.file for info in checkpoint.tensors.values()}):
+                files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            yield cls(checkpoint, files)
+        except OSError as error:
+            raise InputError(f"cannot read: {error.strerror}", where=str(checkpoint.folder)) from error
+        finally:
+            for handle in files.values():
+                os.close(handle)
+
+    def fill(self, piece: Piece, low: int, high: int, out: memoryview) -> None:
+        """Write bytes [low, high) of `piece` into `out` (of that length; both are multiples of the item size).
+
+        Raises:
+            InputError: NaN or infinity in the source, naming its tensor; or the source file became shorter.
+        """
+        recipe = piece.recipe
+        if isinstance(recipe, Fill):
+            if recipe.rows is None and recipe.std == 0.0:
+                np.frombuffer(out, np.uint8)[:] = 0
+            else:
+                np.frombuffer(out, np.uint8)[:] = self._draw(recipe).reshape(-1).view(np.uint8)[low:high]
+            return
+        if isinstance(recipe, Copy):
+            self._read(recipe.source, low, out)
+        else:
+            self._take(piece, recipe, low, high, np.frombuffer(out, _unsigned(piece.dtype)))
+        factor = recipe.factor if isinstance(recipe, Take) else 1.0
+        looked_at = piece.check or factor != 1.0
+        if looked_at and not _finite(np.frombuffer(out, _unsigned(piece.dtype)), piece.dtype):
+            raise InputError(
+                "holds NaN or infinity" + (f" (after the factor {factor:g})" if factor != 1.0 else ""),
+                where=f"{self._checkpoint.tensors[recipe.source].file}: {recipe.source}",
+                needed="finite weights",
+                hint="the checkpoint is damaged; fetch it again",
+            )
+
+    def _read(self, source: str, low: int, out: memoryview) -> None:
+        info = self._checkpoint.tensors[source]
+        done = 0
+        while done < len(out):
+            got = os.preadv(self._files[info.file], [out[done:]], info.start + low + done)
+            if not got:
+                raise InputError("the file became shorter while it was read", where=f"{info.file}: {source}")
+            done += got
+
+    def _take(self, piece: Piece, take: Take, low: int, high: int, out: Array) -> None:
+        """Whole rows go straight into `out`; a row cut by the window's edge is made apart and cut."""
+        width = math.prod(piece.shape[1:])
+        item = ITEM_BYTES[piece.dtype]
+        first, last = low // item, high // item
+        row = first // width
+        done = 0
+        while done < out.size:
+            skip = first + done - row * width
+            if skip == 0 and out.size - done >= width:
+                count = (last - first - done) // width
+                self._rows(piece, take, row, out[done : done + count * width].reshape(count, width))
+                done += count * width
+                row += count
+            else:
+                one = np.empty((1, width), out.dtype)
+                self._rows(piece, take, row, one)
+                part = one[0, skip : skip + out.size - done]
+                out[done : done + part.size] = part
+                done += part.size
+                row += 1
+
+    def _rows(self, piece: Piece, take: Take, row: int, out: Array) -> None:
+        """Rows [row, row + len(out)) of the taken tensor."""
+        index = self._index(take)
+        stored = self._checkpoint.array(take.source)
+        bits = _bits(stored).reshape(len(stored), -1)
+        for start in range(0, len(out), ROWS if take.axis or take.factor != 1.0 else len(out)):
+            block = out[start : start + ROWS] if take.axis or take.factor != 1.0 else out
+            at = row + start
+            # "clip" lets NumPy write straight into `out`; the index was checked when the output was laid out.
+            if take.axis:
+                np.take(bits[at : at + len(block)], index, axis=1, out=block, mode="clip")
+            else:
+                np.take(bits, index[at : at + len(block)], axis=0, out=block, mode="clip")
+            if take.factor != 1.0:
+                _scale(block.view(stored.dtype), take.factor)
+            if take.axis and take.pad:
+                block[:, len(take.index) :] = 0
+
+
+def _row_index(take: Take) -> npt.NDArray[np.intp]:
+    """The index in the type that `np.take` uses; zero columns first take column 0 and are cleared afterwards."""
+    index = take.index.astype(np.intp)
+    return np.concatenate([index, np.zeros(take.pad, np.intp)]) if take.axis and take.pad else index
+
+
+def _scale(block: Array, factor: float) -> None:
+    """Multiply in float32 (float64 for float64) and round once to the stored dtype."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = block.astype(np.float64 if block.dtype == np.float64 else np.float32)
+        block[...] = np.multiply(wide, factor, dtype=wide.dtype).astype(block.dtype)
+
+
+def _unsigned(dtype: str) -> npt.DTypeLike:
+    return np.dtype(f"u{ITEM_BYTES[dtype]}")
+
+
+def _bits(array: Array) -> Array:
+    return array.view(f"u{array.itemsize}")
+
+
+def _finite(bits: Array, dtype: str) -> bool:
+    """Whether no number is NaN or infinite, from two maxima and without a temporary copy.
+
+    As signed integers the positive numbers are ordered and negative ones lie below; as unsigned integers the
+    negative ones come last, ordered by magnitude. So each maximum need only stay below the bits of ±infinity.
+    """
+    infinity = INFINITY[dtype]
+    sign = 1 << (8 * bits.itemsize - 1)
+    return bits.size == 0 or (
+        int(bits.view(f"i{bits.itemsize}").max()) < infinity and int(bits.max()) < infinity | sign
+    )
