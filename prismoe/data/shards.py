@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.errors import InputError
+from prismoe.errors import InputError, UsageError
 from prismoe.folder import Manifest
 
 __all__ = ["SPLITS", "Domain", "Split", "SplitCounts", "Windows", "heldout_windows", "token_dtype"]
@@ -48,7 +48,10 @@ class SplitCounts:
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """A prepared domain, read-only. `num_*` speak of the train split; `splits` has both."""
+    """A prepared domain, read-only. `num_*` speak of the train split; `splits` has both.
+
+    Each document ends with `end_token`, and begins with `start_token` where that is not None.
+    """
 
     name: str
     folder: Path
@@ -128,76 +131,71 @@ def _check_size(path: Path, expected: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Evaluation windows over the first `num_tokens` ids of a held-out split; see `heldout_windows`.
+    """Evaluation windows over the first `num_documents` of a held-out split; see `heldout_windows`.
 
-    Iterating gives (input_ids_T, labels_T), both int64, -100 where nothing is scored. `num_bytes` of text and
-    `num_documents` are what exactly those tokens hold; `num_scored` is how many of them have a label.
+    Iterating gives (input_ids_T, labels_T), both int64, longest first, T at most `seq_len`. `num_tokens` is how many
+    ids are scored over all windows and `num_bytes` the bytes of text that exactly those ids stand for.
     """
 
     num_tokens: int
     num_bytes: int
     num_documents: int
     seq_len: int
-    start_token: int | None
+    start_token: int
+    spans: IdArray  # [windows, 2] first and last + 1 position in the split
     _tokens: npt.NDArray[np.unsignedinteger[Any]]
 
-    @property
-    def _stride(self) -> int:
-        return self.seq_len - (self.start_token is not None)
-
-    @property
-    def num_scored(self) -> int:
-        if self.start_token is not None:
-            return self.num_tokens
-        # The last window overlaps the one before it, so its first new token has context and is scored.
-        full, rest = divmod(self.num_tokens, self.seq_len)
-        return self.num_tokens - full - (1 if rest and not full else 0)
-
     def __len__(self) -> int:
-        return -(-self.num_tokens // self._stride)
+        return len(self.spans)
 
     def __iter__(self) -> Iterator[tuple[IdArray, IdArray]]:
-        for start in range(0, self.num_tokens, self._stride):
-            stop = min(start + self._stride, self.num_tokens)
-            begin = max(0, stop - self._stride)
-            ids = np.asarray(self._tokens[begin:stop], np.int64)
+        for begin, end in self.spans.tolist():
+            ids = np.empty(end - begin + 1, np.int64)
+            ids[0], ids[1:] = self.start_token, self._tokens[begin:end]
             labels = ids.copy()
-            labels[: start - begin] = IGNORED
-            if self.start_token is not None:
-                ids, labels = np.insert(ids, 0, self.start_token), np.insert(labels, 0, IGNORED)
-            elif start == begin:
-                labels[0] = IGNORED  # nothing before it in the window; models skip it anyway
+            labels[0] = IGNORED
             yield ids, labels
 
 
 def heldout_windows(
     domain: Domain, *, seq_len: int, start_token: int | None = None, max_tokens: int | None = None
 ) -> Windows:
-    """Cut the held-out split of `domain` into windows of exactly `seq_len` ids that score every token once.
+    """Windows that score every token of held-out text exactly once, document by document.
 
-    The split is one stream, cut every `seq_len` ids; the last window reaches back so that it is full too, and what the
-    window before has scored is labelled -100 in it. Without `start_token` the first id of a window has no context and
-    is not scored. With it each window begins with that id, holds `seq_len` - 1 ids of the stream and scores all.
-    A split shorter than one window gives one short window.
+    A document's text (without its start and end token) is cut every `seq_len` - 1 ids; each piece is opened with
+    `start_token`, which is context and not scored. Nothing of one document is seen from another, end tokens are not
+    scored (they stand for no text), and no window is padded: what the losses add up to does not depend on the batch.
 
     Args:
         domain: a prepared domain.
         seq_len: ids per window, at least 2.
-        start_token: id that opens each window (`domain.start_token` for models that were trained with one).
-        max_tokens: use only the first whole documents that fit in this many tokens (at least one document).
+        start_token: id that opens each window; by default what comes before a document's text in training: the start
+            token where documents begin with one, else the end token of the document before.
+        max_tokens: use only the first whole documents whose ids are at most this many (at least one document).
+
+    Raises:
+        UsageError: `seq_len` below 2.
     """
     if seq_len < 2:
-        raise InputError(f"seq_len {seq_len}", needed="at least 2")
-    ends = domain.ends("heldout")
-    documents = len(ends)
+        raise UsageError(f"seq_len {seq_len}", needed="at least 2")
+    ends, tokens = domain.ends("heldout"), domain.tokens("heldout")
     if max_tokens is not None:
-        documents = max(1, int(np.searchsorted(ends[:, 0], max_tokens, side="right")))
-    num_tokens, num_bytes = (int(n) for n in ends[documents - 1])
+        ends = ends[: max(1, int(np.searchsorted(ends[:, 0], max_tokens, side="right")))]
+    first = np.concatenate([[0], ends[:-1, 0]])
+    first += tokens[first] == (-1 if domain.start_token is None else domain.start_token)
+    last = ends[:, 0] - 1
+    pieces = -(-(last - first) // (seq_len - 1))
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    begin = np.repeat(first, pieces) + number * (seq_len - 1)
+    spans = np.stack([begin, np.minimum(begin + seq_len - 1, np.repeat(last, pieces))], axis=1)
+    if start_token is None:
+        start_token = domain.end_token if domain.start_token is None else domain.start_token
     return Windows(
-        num_tokens=num_tokens,
-        num_bytes=num_bytes,
-        num_documents=documents,
+        num_tokens=int(np.sum(last - first)),
+        num_bytes=int(ends[-1, 1]),
+        num_documents=len(ends),
         seq_len=seq_len,
         start_token=start_token,
-        _tokens=domain.tokens("heldout"),
+        spans=spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")],
+        _tokens=tokens,
     )
