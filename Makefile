@@ -28,7 +28,8 @@ $(BIN)/.installed-dev: $(BIN)/.installed
 
 $(TF4)/.installed: $(BIN)/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TF4) \
-		transformers==4.57.6 'huggingface_hub<1' 'tokenizers==0.22.*'
+		transformers==4.57.6 'huggingface_hub<1' 'tokenizers==0.22.*' \
+		requests urllib3 charset-normalizer certifi idna
 	@touch $@
 
 demo: $(BIN)/.installed
