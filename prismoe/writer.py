@@ -91,39 +91,38 @@ def _stream(
 ) -> str:
     digest = hashlib.sha256()
     count = -(-shard.nbytes // CHUNK)
-    with mmap.mmap(-1, BUFFER_BYTES) as memory, memoryview(memory) as view:
-        buffers = [view[slot * CHUNK : (slot + 1) * CHUNK] for slot in range(DEPTH)]
-        made: list[Future[int] | None] = [None] * DEPTH
-        written: list[Future[int] | None] = [None] * DEPTH
-        try:
-            for number in range(count + AHEAD):
-                slot = number % DEPTH
-                if number < count:
-                    if (last := written[slot]) is not None:
-                        wrote(last.result())
-                    made[slot] = pool.submit(_make, shard, number * CHUNK, buffers[slot], gatherer)
-                ready = number - AHEAD
-                if ready < 0:
-                    continue
-                if stop.is_set():
-                    raise Stopped
-                slot = ready % DEPTH
-                future = made[slot]
-                assert future is not None
-                size = future.result()
-                written[slot] = pool.submit(_write, handle, buffers[slot], ready * CHUNK, size)
-                digest.update(buffers[slot][:size])
-                made[slot] = None
-            for last in written:
-                if last is not None:
+    # Page-aligned memory, as direct writes need; freed when the last view of it is gone.
+    view = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+    buffers = [view[slot * CHUNK : (slot + 1) * CHUNK] for slot in range(DEPTH)]
+    made: list[Future[int] | None] = [None] * DEPTH
+    written: list[Future[int] | None] = [None] * DEPTH
+    try:
+        for number in range(count + AHEAD):
+            slot = number % DEPTH
+            if number < count:
+                if (last := written[slot]) is not None:
                     wrote(last.result())
-        finally:
-            # Nobody may touch the buffers after they are gone, whatever ended the loop.
-            for future in (*made, *written):
-                if future is not None and not future.cancel():
-                    future.exception()
-            for buffer in buffers:
-                buffer.release()
+                made[slot] = pool.submit(_make, shard, number * CHUNK, buffers[slot], gatherer)
+            ready = number - AHEAD
+            if ready < 0:
+                continue
+            if stop.is_set():
+                raise Stopped
+            slot = ready % DEPTH
+            future = made[slot]
+            assert future is not None
+            size = future.result()
+            written[slot] = pool.submit(_write, handle, buffers[slot], ready * CHUNK, size)
+            digest.update(buffers[slot][:size])
+            made[slot] = None
+        for last in written:
+            if last is not None:
+                wrote(last.result())
+    finally:
+        # Whatever ended the loop: the caller closes the file, so nobody may still write to it.
+        for future in (*made, *written):
+            if future is not None and not future.cancel():
+                future.exception()
     return digest.hexdigest()
 
 
