@@ -122,10 +122,13 @@ class Domain:
 def _check_size(path: Path, expected: int) -> None:
     found = path.stat().st_size if path.is_file() else None
     if found is None:
-        raise InputError("missing", where=str(path), hint="prepare the domain again")
+        raise InputError("missing", where=str(path), hint="make the domain again with `prismoe prepare --force`")
     if found != expected:
         raise InputError(
-            f"{found} bytes", where=str(path), needed=f"{expected} (manifest.json)", hint="prepare the domain again"
+            f"{found} bytes",
+            where=str(path),
+            needed=f"{expected} (manifest.json)",
+            hint="make the domain again with `prismoe prepare --force`",
         )
 
 

@@ -1,0 +1,116 @@
+"""The model's own fast tokenizer, read from `tokenizer.json`, for turning documents into ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from prismoe.errors import InputError
+from prismoe.folder import sha256_file
+
+__all__ = ["DocumentTokenizer"]
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentTokenizer:
+    """Ids of whole documents: the tokenizer's own start token where its template has one, the text, the end token.
+
+    Marks of special tokens inside a text (a web page that shows `</s>`) stay text: a document cannot end itself.
+    """
+
+    sha256: str
+    vocab_size: int
+    start_token: int | None
+    end_token: int
+    unknown_token: int | None
+    _tokenizer: Any
+
+    @classmethod
+    def open(cls, source: str | Path, *, add_special_tokens: bool = True) -> DocumentTokenizer:
+        """Read a folder with `tokenizer.json` (a model's), or such a file.
+
+        The end token is `eos_token` of tokenizer_config.json or special_tokens_map.json, else `eos_token_id` of
+        config.json; the vocabulary's size is config.json's where there is one.
+
+        Raises:
+            InputError: no readable fast tokenizer, or none of these names an end token it knows.
+        """
+        path = Path(source)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(
+                "no tokenizer.json", where=str(source), hint="save the fast tokenizer beside the model's config.json"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"not a readable fast tokenizer ({error})", where=str(path)) from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        names = {
+            **_object(path.with_name("special_tokens_map.json")),
+            **_object(path.with_name("tokenizer_config.json")),
+        }
+        config = _object(path.with_name("config.json"))
+        end_token = _special(tokenizer, names, config, "eos")
+        if end_token is None:
+            raise InputError(
+                "no end token that the tokenizer knows",
+                where=str(path),
+                needed="eos_token in tokenizer_config.json beside it, or eos_token_id in config.json",
+            )
+        vocab_size = config.get("vocab_size")
+        return cls(
+            sha256=sha256_file(path),
+            vocab_size=vocab_size if isinstance(vocab_size, int) else tokenizer.get_vocab_size(),
+            start_token=_start(tokenizer, end_token, str(path)) if add_special_tokens else None,
+            end_token=end_token,
+            unknown_token=_special(tokenizer, names, {}, "unk"),
+            _tokenizer=tokenizer,
+        )
+
+    def encode(self, documents: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+        """Ids of each document. Runs on all cores; the result does not depend on how many."""
+        head = [] if self.start_token is None else [self.start_token]
+        encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
+        return [np.array([*head, *encoding.ids, self.end_token], np.int64) for encoding in encodings]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"invalid JSON ({error})", where=str(path)) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _special(tokenizer: Any, names: dict[str, Any], config: dict[str, Any], role: str) -> int | None:
+    """Id of the `eos` or `unk` token: by name where there is one, else by id (the first of several)."""
+    name = names.get(f"{role}_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    if isinstance(name, str):
+        found: int | None = tokenizer.token_to_id(name)
+        return found
+    number = config.get(f"{role}_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    return number if isinstance(number, int) and tokenizer.id_to_token(number) is not None else None
+
+
+def _start(tokenizer: Any, end_token: int, where: str) -> int | None:
+    """The id that the tokenizer's own template puts before a text; what it puts after is the end token or nothing."""
+    template = [number for number in tokenizer.encode("", add_special_tokens=True).ids if number != end_token]
+    if len(template) > 1:
+        raise InputError(
+            f"the template adds {len(template)} ids to a text", where=where, needed="at most a start token"
+        )
+    return template[0] if template else None
