@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -20,8 +21,8 @@ from prismoe.errors import InterruptedRun, NumericalError
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
 from prismoe.train.metrics import MetricsLog
-from prismoe.train.routers import attach_policy
-from prismoe.train.routing import LoadMeter, Router, check_router_gradients, watch
+from prismoe.train.routers import Router, attach_policy
+from prismoe.train.routing import GradientGuard, LoadMeter, watch
 from prismoe.train.schedule import learning_rate
 from prismoe.train.scoring import score_windows, token_losses
 from prismoe.train.settings import PretrainConfig
@@ -86,6 +87,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())
+        self.guard = GradientGuard(self.routers, patience=min(3, self.config.steps))
         self.policy = attach_policy(self.config.router, self.routers, arguments=self.config.arguments)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -108,14 +110,17 @@ class _Run:
         }
         if self.routers:
             line["router_loss"] = router_loss
-            line["router_gradient_norm"] = check_router_gradients(self.routers, step=step + 1)
             line |= meter.summary()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip))
-        if not norm < float("inf"):
-            raise _not_finite(f"gradient norm is {norm}", step)
+        router_norms = self.guard.norms()
+        whole = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip))
+        if not math.isfinite(whole):
+            raise _not_finite(f"gradient norm is {whole}", step)
+        self.guard.check(router_norms, whole=whole, step=step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        line["gradient_norm"] = norm
+        line["gradient_norm"] = whole
+        if self.routers:
+            line["router_gradient_norm"] = math.hypot(*router_norms)
         return line
 
     def _forward_backward(self, batch: Batch, step: int, meter: LoadMeter) -> tuple[torch.Tensor, float]:

@@ -19,6 +19,7 @@ from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import Manifest, claim, hash_files, sha256_file
 from prismoe.progress import Progress, quiet
+from prismoe.train.fit import check_fit
 from prismoe.train.metrics import read_metrics
 from prismoe.train.routers import arguments_of
 from prismoe.train.settings import PretrainConfig
@@ -96,7 +97,11 @@ def pretrain(
         max_epochs=config.max_epochs,
     )
     mixture.check(config.steps)
-    _check_fit(checkpoint, config, mixture)
+    if config.init == "source" and not checkpoint.has_weights:
+        raise InputError(
+            "no weights", where=str(checkpoint.folder), hint="pretrain.init=random trains from the config alone"
+        )
+    check_fit(checkpoint, mixture.domains, seq_len=config.seq_len)
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
     parents = {"source": checkpoint.fingerprint, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
     decisive = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_KEY}
@@ -164,28 +169,6 @@ def _receipt(out: Path, result: dict[str, Any], *, resumed_from: int, seconds: f
     rate = result["tokens"] * steps_run / result["steps"] / seconds if seconds else None
     fields = {**result, "router_gradient_norm": None if norms is None else (norms[0], norms[1])}
     return Trained(model=out / "model", resumed_from=resumed_from, seconds=seconds, tokens_per_second=rate, **fields)
-
-
-def _check_fit(checkpoint: Checkpoint, config: PretrainConfig, mixture: Mixture) -> None:
-    """The domains' tokens are ones the model knows, and the sequences fit into its positions."""
-    where = str(checkpoint.folder)
-    if config.init == "source" and not checkpoint.has_weights:
-        raise InputError("no weights", where=where, hint="pretrain.init=random trains from the config alone")
-    vocab_size, positions = checkpoint.config.get("vocab_size"), checkpoint.config.get("max_position_embeddings")
-    if isinstance(positions, int) and config.seq_len > positions:
-        raise InputError(f"{positions} positions", where=where, needed=f"pretrain.seq_len {config.seq_len} or more")
-    tokenizer = checkpoint.folder / "tokenizer.json"
-    for domain in mixture.domains:
-        if isinstance(vocab_size, int) and domain.vocab_size > vocab_size:
-            raise InputError(
-                f"ids up to {domain.vocab_size - 1}", where=str(domain.folder), needed=f"below vocab_size {vocab_size}"
-            )
-        if tokenizer.is_file() and sha256_file(tokenizer) != domain.tokenizer_sha256:
-            raise InputError(
-                "prepared with another tokenizer than the model's",
-                where=str(domain.folder),
-                hint="prepare it again with the tokenizer of the source",
-            )
 
 
 def _domain_hash(domain: Domain) -> str:

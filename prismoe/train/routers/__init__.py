@@ -1,26 +1,55 @@
 """Router policies: what happens to the routers of a stock model while it trains, and nowhere else.
 
 The folder is the registry: `routers/NAME.py` defines `attach(routers, *, …) -> Policy`, and the keyword
-arguments of `attach` are the policy's schema. A policy never changes what is saved.
+arguments of `attach` are the policy's schema. A policy never changes what is saved. No torch at import: a
+config file is checked without it.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prismoe.errors import UsageError
+from prismoe import registry
 
 if TYPE_CHECKING:
     import torch
 
-    from prismoe.train.routing import Router
+__all__ = ["Policy", "Router", "arguments_of", "attach_policy"]
 
-__all__ = ["Policy", "arguments_of", "attach_policy", "names"]
+
+@dataclass(eq=False)
+class Router:
+    """One stock router while it is watched: what it said in the latest forward pass.
+
+    `logits_TE` are the raw logits with their graph, `chosen_TK` the experts that were used.
+    """
+
+    name: str
+    module: torch.nn.Module
+    num_experts: int
+    top_k: int
+    _logits: torch.Tensor | None = None
+    _chosen: torch.Tensor | None = None
+
+    @property
+    def logits_TE(self) -> torch.Tensor:
+        assert self._logits is not None, f"{self.name} has not been run"
+        return self._logits
+
+    @property
+    def chosen_TK(self) -> torch.Tensor:
+        assert self._chosen is not None, f"{self.name} has not been run"
+        return self._chosen
+
+    def keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """A forward hook: stock routers return (logits, weights, chosen experts)."""
+        self._logits, _, self._chosen = output
+
+    def forget(self) -> None:
+        """Drop the latest forward pass, so that its graph can be freed."""
+        self._logits = self._chosen = None
 
 
 class Policy(Protocol):
@@ -28,54 +57,21 @@ class Policy(Protocol):
 
     def loss(self) -> torch.Tensor: ...
 
-    def detach(self) -> None: ...
+    def detach(self) -> None:
+        """Undo whatever `attach` put on the model."""
 
 
-def names() -> list[str]:
-    """All policies, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def arguments_of(name: str, arguments: Mapping[str, Any], *, where: str = "pretrain.router") -> dict[str, Any]:
-    """`arguments` completed with the defaults of policy `name`.
+def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of policy `name`, checked and completed with its defaults.
 
     Raises:
-        UsageError: unknown policy, unknown argument, or a value of the wrong type.
+        UsageError: unknown policy, unknown arguments, or values of the wrong type.
     """
-    if name not in names():
-        guess = get_close_matches(name, names(), n=1)
-        raise UsageError(
-            f"unknown router policy {name!r}",
-            where=where,
-            needed=f"one of {', '.join(names())}",
-            hint=f"did you mean {guess[0]!r}?" if guess else "",
-        )
-    known = {
-        parameter.name: parameter
-        for parameter in inspect.signature(_module(name).attach).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    complete = {key: parameter.default for key, parameter in known.items()}
-    for key, value in arguments.items():
-        if key not in known:
-            guess = get_close_matches(key, list(known), n=1)
-            raise UsageError(
-                f"policy {name!r} has no argument {key!r}",
-                where=where,
-                needed=f"one of {', '.join(known)}" if known else "no arguments",
-                hint=f"did you mean {guess[0]!r}?" if guess else "",
-            )
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UsageError(f"{key} is {value!r}", where=where, needed="a number")
-        complete[key] = type(known[key].default)(value)
-    return complete
+    attach = registry.load(__name__, name, where="pretrain.router").attach
+    return registry.arguments(attach, arguments, where=f"pretrain.router {name}")
 
 
 def attach_policy(name: str, routers: Sequence[Router], *, arguments: Mapping[str, Any]) -> Policy:
     """Put policy `name` on the routers of a model; `arguments` as completed by `arguments_of`."""
-    policy: Policy = _module(name).attach(routers, **arguments)
+    policy: Policy = registry.load(__name__, name, where="pretrain.router").attach(routers, **arguments)
     return policy
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"{__name__}.{name}")

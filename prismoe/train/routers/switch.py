@@ -8,16 +8,24 @@ Layers are summed, as in the paper; `coefficient` is the paper's α.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
-import torch
+from pydantic import Field
 
-from prismoe.train.routing import Router
+from prismoe.train.routers import Router
+
+if TYPE_CHECKING:
+    import torch
+
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 __all__ = ["Switch", "attach", "balance"]
 
 
 def balance(logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
     """The balance term of one layer, a scalar in float32, differentiable through the probabilities."""
+    import torch
+
     num_experts = logits_TE.shape[-1]
     share_E = torch.bincount(chosen_TK.reshape(-1), minlength=num_experts).float() / chosen_TK.numel()
     probability_E = torch.softmax(logits_TE.float(), dim=-1).mean(dim=0)
@@ -32,6 +40,8 @@ class Switch:
         self._coefficient = coefficient
 
     def loss(self) -> torch.Tensor:
+        import torch
+
         terms = [balance(router.logits_TE, router.chosen_TK) for router in self._routers]
         return self._coefficient * torch.stack(terms).sum()
 
@@ -39,6 +49,8 @@ class Switch:
         """Nothing to undo: this policy only reads."""
 
 
-def attach(routers: Sequence[Router], *, coefficient: float = 1e-2) -> Switch:
+def attach(
+    routers: Sequence[Router], *, coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-2
+) -> Switch:
     """Balance the load of every router with weight `coefficient`."""
     return Switch(routers, coefficient=coefficient)

@@ -1,0 +1,39 @@
+"""Whether a model and prepared domains belong together: checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prismoe.checkpoint import Checkpoint
+from prismoe.data.shards import Domain
+from prismoe.errors import InputError
+from prismoe.folder import sha256_file
+
+__all__ = ["check_fit"]
+
+
+def check_fit(checkpoint: Checkpoint, domains: Iterable[Domain], *, seq_len: int) -> None:
+    """Sequences fit into the model's positions, ids into its vocabulary, and the tokenizer is the model's own.
+
+    Raises:
+        InputError: one of these does not hold, naming the folder that has to change.
+    """
+    vocab_size, positions = checkpoint.config.get("vocab_size"), checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and seq_len > positions:
+        raise InputError(
+            f"{positions} positions", where=str(checkpoint.folder / "config.json"), needed=f"seq_len {seq_len} or more"
+        )
+    tokenizer = checkpoint.folder / "tokenizer.json"
+    expected = sha256_file(tokenizer) if tokenizer.is_file() else None
+    for domain in domains:
+        if isinstance(vocab_size, int) and domain.vocab_size > vocab_size:
+            raise InputError(
+                f"ids up to {domain.vocab_size - 1}", where=str(domain.folder), needed=f"below vocab_size {vocab_size}"
+            )
+        if expected not in (None, domain.tokenizer_sha256):
+            raise InputError(
+                "prepared with another tokenizer than the model's",
+                where=str(domain.folder),
+                needed=f"that of {checkpoint.folder}",
+                hint="prepare it again with the tokenizer of the model",
+            )

@@ -1,0 +1,194 @@
+"""A stopped run goes on by the same command and ends with the bytes of one that never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prismoe.errors import InputError, InterruptedRun
+from prismoe.folder import Manifest
+from prismoe.train.metrics import MetricsLog, read_metrics
+from prismoe.train.pretrain import PretrainConfig, pretrain
+from tests.training import domain_folder, tiny_moe
+
+CONFIG = PretrainConfig(
+    steps=12,
+    seq_len=32,
+    batch_size=6,
+    micro_batch_size=3,
+    warmup_steps=3,
+    lr=1e-3,
+    eval_every=4,
+    save_every=5,
+    keep=2,
+    max_epochs=50.0,
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_moe(tmp_path_factory.mktemp("source") / "moe")
+
+
+@pytest.fixture(scope="module")
+def domains(source, tmp_path_factory):
+    base = tmp_path_factory.mktemp("domains")
+    return [domain_folder(base / name, tokenizer=source / "tokenizer.json", seed=i) for i, name in enumerate("ab")]
+
+
+@pytest.fixture(scope="module")
+def unstopped(source, domains, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unstopped") / "out"
+    pretrain(source, CONFIG, domains=domains, out=out)
+    return contents(out)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+class SignalAt:
+    """A progress function that sends this process a real signal when some work reports some count."""
+
+    def __init__(self, number, what, done):
+        self.number, self.what, self.done, self.sent = number, what, done, False
+
+    def __call__(self, what, done, total):
+        if not self.sent and what.startswith(self.what) and done == self.done:
+            self.sent = True
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "done", "stopped_after"),
+    [
+        (signal.SIGTERM, "train step", 1, 1),
+        (signal.SIGINT, "train step", 7, 7),
+        (signal.SIGTERM, "train step", 8, 8),  # an evaluation is due next: it belongs to the resumed run
+        (signal.SIGTERM, "train step", 10, 10),  # a checkpoint is due anyway
+        (signal.SIGINT, "train step", 12, 12),  # all steps done, nothing written yet
+    ],
+)
+def test_stopped_by_a_signal(tmp_path, source, domains, unstopped, number, what, done, stopped_after):
+    out = tmp_path / "out"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InterruptedRun) as caught:
+        pretrain(source, CONFIG, domains=domains, out=out, on_progress=SignalAt(number, what, done))
+    assert caught.value.exit_code == 75
+    assert f"stopped by {number.name} after step {stopped_after} of 12" in str(caught.value)
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert not (out / "model").exists()
+    trained = pretrain(source, CONFIG, domains=domains, out=out)
+    assert trained.resumed_from == stopped_after
+    assert contents(out) == unstopped
+
+
+def test_stopped_within_an_evaluation(tmp_path, source, domains, unstopped):
+    out = tmp_path / "out"
+    seen = []
+
+    def progress(what, done, total):
+        seen.append(what)
+        if what == "held-out loss: b" and seen.count(what) == 2:  # the one after step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRun, match="after step 4 of 12"):
+        pretrain(source, CONFIG, domains=domains, out=out, on_progress=progress)
+    assert read_metrics(out / "metrics.jsonl")[-1]["event"] == "step"
+    assert pretrain(source, CONFIG, domains=domains, out=out).resumed_from == 4
+    assert contents(out) == unstopped
+
+
+def test_stopped_before_the_first_step(tmp_path, source, domains, unstopped):
+    with pytest.raises(InterruptedRun, match="after step 0 of 12"):
+        pretrain(
+            source,
+            CONFIG,
+            domains=domains,
+            out=tmp_path / "out",
+            on_progress=SignalAt(signal.SIGINT, "held-out loss: a", 0),
+        )
+    assert pretrain(source, CONFIG, domains=domains, out=tmp_path / "out").resumed_from == 0
+    assert contents(tmp_path / "out") == unstopped
+
+
+def test_stopped_three_times(tmp_path, source, domains, unstopped):
+    out = tmp_path / "out"
+    for done in (2, 5, 9):
+        with pytest.raises(InterruptedRun):
+            pretrain(source, CONFIG, domains=domains, out=out, on_progress=SignalAt(signal.SIGTERM, "train step", done))
+        kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+        assert len(kept) <= CONFIG.keep
+        assert kept[-1] == f"step-{done:08d}"
+    pretrain(source, CONFIG, domains=domains, out=out)
+    assert contents(out) == unstopped
+
+
+KILLED = """
+import os, signal, sys
+from prismoe.train.pretrain import PretrainConfig, pretrain
+source, out, first, second, at = sys.argv[1:]
+count = 0
+def counted(function):
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count == int(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
+from tests.test_resume import CONFIG
+import torch
+os.fsync = counted(os.fsync)
+pretrain(source, CONFIG, domains=[first, second], out=out)
+print("fsyncs", count)
+"""
+
+
+def run_child(source, out, domains, at):
+    arguments = [sys.executable, "-c", KILLED, str(source), str(out), *map(str, domains), str(at)]
+    root = Path(__file__).resolve().parent.parent
+    return subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("at", [3, 6, 9, 13, 17, 22])
+def test_killed_at_a_sync(tmp_path, source, domains, unstopped, at):
+    """kill -9 at several fsyncs (marker, checkpoint state, its manifest, log, model files, manifests)."""
+    out = tmp_path / "out"
+    assert run_child(source, out, domains, at).returncode == -signal.SIGKILL
+    assert Manifest.read(out) is None
+    pretrain(source, CONFIG, domains=domains, out=out)
+    assert contents(out) == unstopped
+
+
+def test_a_damaged_checkpoint_is_an_error_and_not_a_start_from_zero(tmp_path, source, domains):
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRun):
+        pretrain(source, CONFIG, domains=domains, out=out, on_progress=SignalAt(signal.SIGTERM, "train step", 3))
+    state = out / "checkpoints" / "step-00000003" / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(data)
+    with pytest.raises(InputError, match=r"state\.safetensors: sha256 .* differs"):
+        pretrain(source, CONFIG, domains=domains, out=out)
+
+
+def test_the_log_is_cut_to_the_checkpoint_and_never_padded(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, position=0)
+    log.write({"event": "step", "step": 1})
+    position = log.position
+    log.write({"event": "step", "step": 2})
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"event": "st')  # torn by a crash
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    MetricsLog(path, position=position).close()
+    assert json.loads(path.read_bytes()) == {"event": "step", "step": 1}
+    with pytest.raises(InputError, match=f"{position} bytes; needed at least {position + 1}"):
+        MetricsLog(path, position=position + 1)
