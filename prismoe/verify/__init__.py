@@ -33,29 +33,32 @@ def verify(
 
     Args:
         folder: what `convert` wrote.
-        source: the dense checkpoint; by default the one the folder's manifest names.
+        source: the dense checkpoint that was converted (a folder of ours names it by fingerprint alone).
         tokens: how many tokens of text go through the layers (at most the model's positions).
         force: check again where a certificate of the same bytes, source, tokens and versions is there.
         offline: a source given by hub name must already be in the cache.
 
     Raises:
+        UsageError: no source, or no tokens.
         InputError: not a complete converted folder, or `source` is not what it was made from.
         NumericalError: a check failed; the certificate is written first.
     """
     folder = Path(folder)
     if tokens < 1:
         raise UsageError(f"tokens is {tokens}", where="verify", needed="1 or more")
+    if source is None:
+        raise UsageError("source is not set", where=str(folder), needed="the dense checkpoint", hint="source=FOLDER")
     manifest = Manifest.read(folder)
     if manifest is None or manifest.kind != "convert":
         found = f"no {MANIFEST}" if manifest is None else f"{MANIFEST} of a '{manifest.kind}' folder"
         raise InputError(found, where=str(folder), needed="a finished output of convert", hint="run prismoe convert")
-    dense = Checkpoint.open(_source(manifest, source, folder), offline=offline)
+    dense = Checkpoint.open(source, offline=offline)
     if dense.fingerprint != manifest.parents.get("source"):
         raise InputError(
             "is not the checkpoint this folder was made from",
             where=str(dense.folder),
             needed=f"fingerprint {manifest.parents.get('source', 'unknown')[:12]}…, found {dense.fingerprint[:12]}…",
-            hint="give the dense checkpoint with source=",
+            hint="give the dense checkpoint, unchanged since",
         )
     key = _key(folder, manifest=manifest, tokens=tokens)
     certificate = None if force else Certificate.read(folder)
@@ -69,13 +72,6 @@ def verify(
         certificate.write(folder)
     certificate.raise_if_failed(folder)
     return certificate
-
-
-def _source(manifest: Manifest, source: str | Path | Checkpoint | None, folder: Path) -> str | Path | Checkpoint:
-    named = manifest.config.get("source") if source is None else source
-    if named is None:
-        raise InputError("the manifest names no source", where=str(folder / MANIFEST), hint="give source=FOLDER")
-    return named
 
 
 def _key(folder: Path, *, manifest: Manifest, tokens: int) -> str:

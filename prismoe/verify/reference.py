@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from prismoe.plan import LayerPlan
 
-__all__ = ["Matrix", "count_wrong_choices", "dense_ffn", "gates", "kind", "neuron_weights", "plan_ffn"]
+__all__ = ["Matrix", "count_wrong_choices", "gates", "kind", "neuron_weights", "plan_ffn"]
 
 Matrix = npt.NDArray[np.float64]
 _NEURON_BLOCK = 1024  # bounds the float64 copies to three blocks of [1024, D]
@@ -77,14 +77,3 @@ def plan_ffn(
             hidden_TB *= weight_TF[:, block]
         y_TD += hidden_TB @ down_DF[:, block].astype(np.float64).T
     return y_TD
-
-
-def dense_ffn(
-    x_TD: Matrix,
-    *,
-    gate_FD: npt.NDArray[np.generic],
-    up_FD: npt.NDArray[np.generic],
-    down_DF: npt.NDArray[np.generic],
-) -> Matrix:
-    """[T, D] output of the dense FFN in float64."""
-    return plan_ffn(x_TD, gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF)

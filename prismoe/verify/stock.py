@@ -234,6 +234,12 @@ class Layer:
         try:
             with torch.no_grad():
                 self.model.model(inputs_embeds=hidden_TD[None], use_cache=False)
+        except RuntimeError as error:  # grouped matrix products refuse widths that are not a multiple of 16 bytes
+            raise InputError(
+                f"the stock class loads it and cannot run it: {str(error).splitlines()[0]}",
+                where=type(self.module).__name__,
+                hint="convert with pad_to=32",
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
