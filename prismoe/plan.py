@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe import registry
-from prismoe.checkpoint import FFN, Checkpoint
+from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_atomic
-from prismoe.recipe import IntArray
+from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, layer_problem
 from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
 
 __all__ = [
@@ -30,32 +30,8 @@ __all__ = [
     "select_layers",
 ]
 
-FloatArray = npt.NDArray[np.float32]
 FORMAT = "prismoe-plan-1"
-MAX_EXPERTS = 4096
-
-
-@dataclass(frozen=True)
-class RouterDraw:
-    """Router rows drawn from N(0, std²) under Philox key (seed, layer); std 0 gives zero rows."""
-
-    std: float
-    seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPlan:
-    """One layer. `experts` is [E, W]: row e lists the dense neurons (ascending) of expert e.
-
-    Disjoint rows are a partition, overlapping rows are neuron sharing, every neuron in each row is upcycling.
-    `shared` ([S], may be empty) are the neurons of the always-on shared expert. `scale` multiplies the routed
-    output. `router` is [E, D] float32 rows, or how to draw them.
-    """
-
-    experts: IntArray
-    shared: IntArray
-    router: FloatArray | RouterDraw
-    scale: float
+MAX_EXPERTS, MAX_NEURONS = 4096, 1 << 20  # a damaged header must not ask for more memory than this
 
 
 @dataclass(frozen=True)
@@ -81,18 +57,24 @@ class Plan:
     hidden_size: int
     origin: Origin = field(repr=False)
 
-    def save(self, path: str | Path) -> Path:
-        """Write one .safetensors file: index tensors, and everything else readable in the header.
+    def to_bytes(self) -> bytes:
+        """A .safetensors file: index tensors, and everything else readable in the header.
 
         Experts that all hold every neuron are named in the header instead of stored. Equal plans give equal bytes.
         """
-        path = Path(path)
         header, tensors = _pack(self)
         entries = [(name, "F32" if a.dtype == np.float32 else "I32", a.shape) for name, a in tensors.items()]
-        data = b"".join(
-            np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes() for array in tensors.values()
-        )
-        write_atomic(path, header_bytes(entries, metadata=header) + data)
+        data = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in tensors.values())
+        return header_bytes(entries, metadata=header) + data
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan into one file.
+
+        Raises:
+            ResourceError: the folder cannot be written or the disk is full.
+        """
+        path = Path(path)
+        write_atomic(path, self.to_bytes())
         return path
 
     @classmethod
@@ -121,22 +103,6 @@ class PlanShape:
     def dense_layers(self) -> tuple[int, ...]:
         """Layers that stay as they are."""
         return tuple(layer for layer in range(self.num_layers) if layer not in set(self.moe_layers))
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """What a method may look at: one layer's sizes, the plan's top_k, its random stream, and its weights on request."""
-
-    index: int
-    num_neurons: int
-    hidden_size: int
-    top_k: int
-    seed: int
-    ffn: Callable[[], FFN]
-
-    def generator(self) -> np.random.Generator:
-        """A Philox stream of (seed, layer), far from the one that router rows are drawn from."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, self.index], counter=[0, 0, 0, 1]))
 
 
 def make_plan(
@@ -250,14 +216,14 @@ def _pack(plan: Plan) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
             rows.append(None)
             continue
         copies = layer.experts.shape[1] == plan.num_neurons
-        drawn = isinstance(layer.router, RouterDraw)
+        router = asdict(layer.router) if isinstance(layer.router, RouterDraw) else "stored"
         rows.append(
             {
                 "num_experts": len(layer.experts),
                 "experts": "all neurons" if copies else "stored",
                 "shared": len(layer.shared),
                 "scale": float(layer.scale),
-                "router": asdict(layer.router) if isinstance(layer.router, RouterDraw) else "stored",
+                "router": router,
             }
         )
         at = f"layers.{index}"
@@ -265,16 +231,16 @@ def _pack(plan: Plan) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
             tensors[f"{at}.experts"] = layer.experts.astype(np.int32)
         if len(layer.shared):
             tensors[f"{at}.shared"] = layer.shared.astype(np.int32)
-        if not drawn:
+        if router == "stored":
             tensors[f"{at}.router"] = np.asarray(layer.router, np.float32)
-    header = {
-        "format": FORMAT,
-        "top_k": str(plan.top_k),
-        "num_neurons": str(plan.num_neurons),
-        "hidden_size": str(plan.hidden_size),
-        "origin": json.dumps(asdict(plan.origin), sort_keys=True),
-        "layers": json.dumps(rows),
+    body = {
+        "top_k": plan.top_k,
+        "num_neurons": plan.num_neurons,
+        "hidden_size": plan.hidden_size,
+        "origin": asdict(plan.origin),
+        "layers": rows,
     }
+    header = {"format": FORMAT, "plan": json.dumps(body, allow_nan=False)}
     return header, tensors
 
 
@@ -295,25 +261,21 @@ def _unpack(path: Path) -> Plan:
         return np.frombuffer(data, np.dtype(DTYPES[dtype]), count=count, offset=info.start).reshape(info.shape)
 
     try:
-        body = parse_json(
-            "{{{}}}".format(
-                ",".join(f'"{k}":{header[k]}' for k in ("top_k", "num_neurons", "hidden_size", "origin", "layers"))
-            ).encode(),
-            where=where,
-        )
-        every = np.arange(_count(body["num_neurons"], 2**31 - 1), dtype=np.int32)
+        body = parse_json(header["plan"].encode(), where=where)
+        every = np.arange(_count(body["num_neurons"], MAX_NEURONS), dtype=np.int32)
         layers: list[LayerPlan | None] = []
         for index, row in enumerate(body["layers"]):
             if row is None:
                 layers.append(None)
                 continue
             at, router = f"layers.{index}", row["router"]
-            shape = (_count(row["num_experts"], MAX_EXPERTS), len(every))
+            copies = np.broadcast_to(every, (_count(row["num_experts"], MAX_EXPERTS), len(every)))
+            experts = copies if row["experts"] == "all neurons" else stored(f"{at}.experts", "I32")
+            if experts.shape[:1] != copies.shape[:1]:
+                raise InputError(f"shape {list(experts.shape)}", where=f"{where}: {at}", needed=f"{len(copies)} rows")
             layers.append(
                 LayerPlan(
-                    experts=np.broadcast_to(every, shape)
-                    if row["experts"] == "all neurons"
-                    else stored(f"{at}.experts", "I32"),
+                    experts=experts,
                     shared=stored(f"{at}.shared", "I32") if row["shared"] else np.empty(0, np.int32),
                     router=stored(f"{at}.router", "F32") if router == "stored" else RouterDraw(**router),
                     scale=row["scale"],
@@ -351,6 +313,9 @@ def _check(plan: Plan, *, where: str) -> None:
 
 def _problem(plan: Plan) -> str:
     counts = {len(layer.experts) for layer in plan.layers if layer is not None and layer.experts.ndim == 2}
+    texts = (plan.origin.method, plan.origin.source)
+    if not isinstance(plan.origin.arguments, dict) or not all(isinstance(text, str) for text in texts):
+        return f"origin {plan.origin}"[:80]
     if not counts:
         return "no layer has experts"
     if len(counts) > 1:
@@ -358,29 +323,8 @@ def _problem(plan: Plan) -> str:
     if type(plan.top_k) is not int or not 1 <= plan.top_k <= min(counts):
         return f"top_k {plan.top_k} of {min(counts)} experts"
     for index, layer in enumerate(plan.layers):
-        if layer is not None and (problem := _layer_problem(layer, plan)):
+        if layer is not None and (
+            problem := layer_problem(layer, num_neurons=plan.num_neurons, hidden_size=plan.hidden_size)
+        ):
             return f"layer {index}: {problem}"
     return ""
-
-
-def _layer_problem(layer: LayerPlan, plan: Plan) -> str:
-    if layer.experts.ndim != 2 or not layer.experts.size or layer.shared.ndim != 1:
-        return f"experts {list(layer.experts.shape)} and shared {list(layer.shared.shape)} are not [E, W] and [S]"
-    for name, ids in (("experts", layer.experts), ("shared", layer.shared)):
-        if ids.size and (ids.min() < 0 or ids.max() >= plan.num_neurons):
-            return f"{name} name a neuron outside 0..{plan.num_neurons - 1}"
-        if (np.diff(ids) <= 0).any():
-            return f"{name} are not in ascending order or repeat a neuron"
-    router = layer.router
-    if isinstance(router, RouterDraw):
-        if type(router.seed) is not int or not 0 <= router.seed < 2**64 or not _finite(router.std) or router.std < 0:
-            return f"router {router}"
-    elif router.shape != (len(layer.experts), plan.hidden_size) or not np.isfinite(router).all():
-        return f"router {list(router.shape)} is not finite [{len(layer.experts)}, {plan.hidden_size}]"
-    if not _finite(layer.scale) or layer.scale <= 0:
-        return f"scale {layer.scale} is not a positive number"
-    return ""
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))

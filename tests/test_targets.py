@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.gather import execute
+from prismoe.convert import convert
 from prismoe.plan import Plan, make_plan, plan_shape
-from prismoe.target import lower, moe_config
 from prismoe.targets import find_target
 from tests import golden
 
@@ -55,16 +54,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 def build(source: Path, plan: Plan, target: str, out: Path) -> dict[int, np.ndarray]:
     """Convert into `out`; returns the router rows of each MoE layer."""
-    from safetensors.numpy import save_file
-
-    checkpoint, table = Checkpoint.open(source), find_target(target)
-    recipes = lower(checkpoint, plan, table)
-    tensors = {key: execute(checkpoint, recipe) for key, recipe in recipes.items()}
-    out.mkdir()
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    (out / "config.json").write_text(json.dumps(moe_config(checkpoint.family, plan_shape(plan), table)))
-    keys = {index: table.router.format(l=index) for index in plan_shape(plan).moe_layers}
-    return {index: tensors[key].astype(np.float32) for index, key in keys.items()}
+    convert(source, plan, target=target, out=out)
+    written, key = Checkpoint.open(out), find_target(target).router
+    return {index: np.array(written.array(key.format(l=index)), np.float32) for index in plan_shape(plan).moe_layers}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from prismoe.errors import UsageError
-from prismoe.plan import LayerPlan, LayerView, RouterDraw
+from prismoe.layerplan import LayerPlan, LayerView, RouterDraw
 
 
 def split(

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from prismoe.plan import LayerPlan, LayerView, RouterDraw
+from prismoe.layerplan import LayerPlan, LayerView, RouterDraw
 
 
 def split(
