@@ -6,9 +6,9 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ __all__ = [
     "DomainConfig",
     "EvalConfig",
     "PlanConfig",
+    "VerifyConfig",
+    "key_lines",
     "known_keys",
     "load_config",
 ]
@@ -55,6 +57,13 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class VerifyConfig:
+    """How many tokens of text go through the layers."""
+
+    tokens: Positive = 128
+
+
+@dataclass(frozen=True)
 class DomainConfig:
     """Text of one domain: files or globs; without `heldout` a share of the documents is held out by hash."""
 
@@ -70,15 +79,19 @@ class DataConfig:
     domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
     weights: str | dict[str, Annotated[float, Field(ge=0)]] = "proportional"
     tokenizer: str | None = None
-    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain."""
+    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain.
+
+    `start_token`: every window opens with the tokenizer's start token, for models that were trained so.
+    """
 
     seq_len: Positive | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 100_000
+    start_token: bool = False
     batch_size: Positive = 16
 
 
@@ -91,6 +104,7 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     data: DataConfig | None = None
     pretrain: PretrainConfig | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -249,3 +263,33 @@ def known_keys() -> dict[str, tuple[Any, Any]]:
     for name in registry.names("prismoe.methods"):
         found |= {f"plan.{key}": kind for key, kind in _keywords(_split(name)).items()}
     return found
+
+
+def key_lines(sections: Sequence[str]) -> list[str]:
+    """One line for each key of `sections` and of the top level: name, default and type."""
+    lines = []
+    for name, (hint, default) in known_keys().items():
+        if "." not in name or name.split(".")[0] in sections:
+            value = "(must be set)" if default in (MISSING, inspect.Parameter.empty) else json.dumps(default)
+            lines.append(f"  {name:<28} {value:<14} {_type_text(hint)}")
+    return lines
+
+
+def _type_text(hint: Any) -> str:
+    words = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        type(None): "nothing",
+        dict: "mapping",
+    }
+    if get_origin(hint) is Annotated:
+        return _type_text(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (list, tuple):
+        return f"list of {_type_text(get_args(hint)[0])}s"
+    if get_origin(hint) is dict:
+        return f"mapping of names to {_type_text(get_args(hint)[1])}s"
+    return words.get(hint) or " or ".join(_type_text(part) for part in get_args(hint))

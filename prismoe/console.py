@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -23,15 +24,16 @@ from prismoe.progress import Progress, quiet
 
 __all__ = ["Screen", "bytes_text", "count_text", "seconds_text"]
 
+LOG_WIDTH = 240
 LOG_EVERY_S = 10.0  # a log gets a line of progress this often, a terminal ten a second
 
 
 def count_text(number: float) -> str:
-    """12 → "12", 6738415616 → "6.74 B"."""
-    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
+    """12 → "12", 1860 → "1,860", 81600 → "81.6 k", 6738415616 → "6.74 B"."""
+    for size, divisor, unit in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(number) >= size:
-            return f"{number / (1e3 if unit == ' k' else size):.3g}{unit}"
-    return f"{number:,.0f}" if float(number).is_integer() else f"{number:.3g}"
+            return f"{number / divisor:#.3g}".rstrip(".") + f" {unit}"
+    return f"{number:,.0f}" if abs(number) >= 1000 or float(number).is_integer() else f"{number:.3g}"
 
 
 def bytes_text(number: float) -> str:
@@ -58,19 +60,20 @@ class Screen:
 
     def __init__(self, *, json: bool = False) -> None:
         self.json = json
-        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        # A log has no width: a line is as long as it is.
+        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+        self.err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
 
     def title(self, text: str) -> None:
         """A heading above what follows."""
         if not self.json:
-            self.out.print()
-            self.out.print(text, style="bold")
+            self._show("")
+            self._show(Text(text, style="bold"))
 
     def line(self, text: str, *, style: str = "") -> None:
         """One line of result; `text` is printed as it is (no markup)."""
         if not self.json:
-            self.out.print(Text(text, style=style))
+            self._show(Text(text, style=style))
 
     def pairs(self, rows: Mapping[str, Any]) -> None:
         """Names and values, the names in one column."""
@@ -81,20 +84,39 @@ class Screen:
         grid.add_column(overflow="fold")
         for name, value in rows.items():
             grid.add_row(Text(name), value if isinstance(value, Text) else Text(str(value)))
-        self.out.print(grid)
+        self._show(grid)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
-        """A table; a column whose cells all begin like numbers is set flush right."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, justify: str = "") -> None:
+        """A table. `justify` has an "l" or "r" for each column; without it all but the first are flush right."""
         if self.json:
             return
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        for index, column in enumerate(columns):
-            cells = [str(row[index]) for row in rows]
-            number = bool(cells) and all(cell[:1] in "0123456789-+–" for cell in cells if cell)
-            table.add_column(Text(column), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
+        for column, side in zip(columns, justify or "l" + "r" * (len(columns) - 1), strict=True):
+            # Numbers are never folded; text is, where the terminal is too narrow.
+            table.add_column(
+                Text(column), justify="left" if side == "l" else "right", no_wrap=side == "r", overflow="fold"
+            )
         for row in rows:
             table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
-        self.out.print(table)
+        self._show(table)
+
+    def stage(self, name: str, state: str, text: str, seconds: float) -> None:
+        """One finished stage of a longer way."""
+        if self.json:
+            return
+        mark = {"made": ("✓", "green"), "kept": ("=", "dim"), "checked": ("·", "cyan")}[state]
+        took = " (finished before)" if state == "kept" else f"  {seconds_text(seconds)}"
+        self._show(Text.assemble(mark, " ", (f"{name:<9}", "bold"), text, (took, "dim")))
+
+    def _show(self, thing: Any) -> None:
+        """Print to stdout; a log gets no trailing spaces and no folding."""
+        if self.out.is_terminal:
+            self.out.print(thing)
+            return
+        with self.out.capture() as captured:
+            self.out.print(thing)
+        lines = (line.rstrip() for line in captured.get().splitlines())
+        self.out.file.write("".join(f"{line}\n" for line in lines))
 
     def note(self, text: str) -> None:
         """A remark about the work, not a result: stderr, and not in `--json`."""
@@ -122,10 +144,40 @@ class Screen:
         if self.json:
             yield quiet
         elif self.err.is_terminal and os.environ.get("TERM") != "dumb":
-            with _bars(self.err) as report:
+            # Both on one terminal: one console, so that results appear above the bars.
+            with _bars(self.out if self.out.is_terminal else self.err) as report:
                 yield report
         else:
             yield _Log(self.err)
+
+
+@dataclass
+class _Meter:
+    """Rate and time left of one piece of work, counted from where it was first seen: a resumed run is not fast."""
+
+    began: float
+    first: int
+    told: float
+    last: int
+
+    @classmethod
+    def of(cls, meters: dict[str, _Meter], name: str, done: int) -> _Meter:
+        """The meter of `name`; a count that falls back is the same work begun again."""
+        now = time.monotonic()
+        if name not in meters or done < meters[name].last:
+            meters[name] = cls(began=now, first=done, told=now, last=done)
+        meters[name].last = done
+        return meters[name]
+
+    def text(self, done: int, total: int) -> str:
+        text = f"{done:,}/{total:,}" if total else f"{done:,}"
+        elapsed, made = time.monotonic() - self.began, done - self.first
+        if made and elapsed > 0.5:
+            rate = made / elapsed
+            text += f" · {count_text(rate) if rate >= 10 else format(rate, '.2g')}/s"
+            if done < total:
+                text += f" · {seconds_text((total - done) / rate)} left"
+        return text
 
 
 @contextmanager
@@ -134,53 +186,36 @@ def _bars(console: Console) -> Iterator[Progress]:
         SpinnerColumn(finished_text="[green]✓"),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24, style="bright_black"),
-        _Rate(),
+        TextColumn("{task.fields[measure]}", style="cyan", markup=False),
         TextColumn("{task.fields[detail]}", style="dim", markup=False),
     )
-    with Bars(*columns, console=console, transient=True, expand=False) as bars:
+    with Bars(*columns, console=console, transient=True, redirect_stdout=False) as bars:
         tasks: dict[str, TaskID] = {}
+        meters: dict[str, _Meter] = {}
 
         def report(what: str, done: int, total: int) -> None:
             name, _, detail = what.partition(": ")
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total or None, detail=detail)
-            bars.update(tasks[name], completed=done, total=total or None, detail=detail)
+                tasks[name] = bars.add_task(name, total=total or None, detail="", measure="")
+            measure = _Meter.of(meters, name, done).text(done, total)
+            bars.update(tasks[name], completed=done, total=total or None, detail=detail, measure=measure)
 
         yield report
 
 
-class _Rate(ProgressColumn):
-    """Done of total, rate and time left."""
-
-    def render(self, task: Task) -> Text:
-        return Text(_measure(int(task.completed), int(task.total or 0), task.elapsed or 0.0), style="cyan")
-
-
-def _measure(done: int, total: int, elapsed: float) -> str:
-    text = f"{done:,}/{total:,}" if total else f"{done:,}"
-    if done and elapsed > 0.5:
-        rate = done / elapsed
-        text += f" · {count_text(rate) if rate >= 10 else format(rate, '.2g')}/s"
-        if done < total:
-            text += f" · {seconds_text((total - done) / rate)} left"
-    return text
-
-
 class _Log:
-    """Plain progress: a line when work of a new name starts to take long, every ten seconds, and at its end."""
+    """Plain progress: a line every ten seconds for work that takes long, and one at its end."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.began: dict[str, float] = {}
-        self.told: dict[str, float] = {}
+        self.meters: dict[str, _Meter] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
         name, _, detail = what.partition(": ")
-        now = time.monotonic()
-        began = self.began.setdefault(name, now)
-        finished = done == total and total > 0
-        if now - self.told.get(name, began) < LOG_EVERY_S and not (finished and name in self.told):
+        meter, now = _Meter.of(self.meters, name, done), time.monotonic()
+        finished = done == total and total > 0 and meter.told > meter.began
+        if now - meter.told < LOG_EVERY_S and not finished:
             return
-        self.told[name] = now
-        line = f"{name}  {_measure(done, total, now - began)}" + (f"  {detail}" if detail else "")
+        meter.told = now
+        line = f"{name}  {meter.text(done, total)}" + (f"  {detail}" if detail else "")
         self.console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,5 @@
+"""`python -m prismoe` is `prismoe`."""
+
+from prismoe.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,200 @@
+"""`run`: the whole way from one config into one run folder, stage by stage, finished stages left alone.
+
+A stage is finished when `run.json` holds its key (a hash over everything that decides its result, the keys of the
+stages before it included) and its output is there. What a stage does is in stages.py; here is only the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prismoe.errors import InputError, UsageError
+from prismoe.folder import claim, write_atomic, write_json_atomic
+from prismoe.progress import Progress, quiet
+from prismoe.stages import STAGES, Work
+
+if TYPE_CHECKING:
+    from prismoe.config import Config
+
+__all__ = ["STAGES", "Done", "Run", "read_state", "run"]
+
+STATE, CONFIG = "run.json", "run.yaml"
+
+
+@dataclass(frozen=True)
+class Done:
+    """One stage of a run: `state` is "made", "kept" (it was finished before) or "checked" (a dry run)."""
+
+    stage: str
+    state: str
+    seconds: float
+    receipt: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Receipt of `run`: the folder and its stages in order."""
+
+    out: str
+    stages: tuple[Done, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def of(self, stage: str) -> dict[str, Any]:
+        """The receipt of a stage that took part."""
+        return next(done.receipt for done in self.stages if done.stage == stage)
+
+
+def run(
+    config: Config,
+    *,
+    stages: Sequence[str] | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    offline: bool = False,
+    on_progress: Progress = quiet,
+    on_stage: Callable[[Done], None] = lambda done: None,
+) -> Run:
+    """Bring the run folder `config.out` up to date.
+
+    Args:
+        config: see `load_config`.
+        stages: some of `STAGES` instead of all that the config has a section for; what comes before them must be
+            finished, except the plan of a conversion, which is drawn again.
+        dry_run: check everything that can be checked, write nothing.
+        force: make stages again whose settings changed, over their old output.
+        on_stage: called after each stage.
+
+    Raises:
+        UsageError: a section is missing, or finished output was made with other settings.
+        InputError: a stage before the wanted ones is not finished.
+        PrismoeError: whatever a stage raises; the stages before it stay finished.
+    """
+    names = [name for name in STAGES if (name in stages if stages is not None else _wanted(config, name))]
+    if "convert" in names and "plan" not in names:
+        names.insert(0, "plan")
+    for name in names:
+        config.need(STAGES[name].needs)
+    if dry_run:
+        names = [name for name in names if STAGES[name].dry]
+    elif names != ["plan"]:
+        config.need("out")
+    work = Work(config, dry_run=dry_run, force=force, offline=offline, on_progress=on_progress)
+    writes = work.out is not None and not dry_run
+    done: list[Done] = []
+    with claim(work.out, kind="run", key="run") if work.out is not None and writes else nullcontext():
+        state = read_state(work.out) if work.out is not None else {}
+        keys = _keys(work)
+        if writes:
+            _check_before(work, names, keys, state)
+            write_atomic(work.folder(CONFIG), _yaml(config))
+        for name in names:
+            started, stage = time.monotonic(), STAGES[name]
+            key = _late_key(name, keys, state)
+            record = state.get(name)
+            if record and record["key"] == key and work.out is not None and (work.out / stage.output).exists():
+                done.append(Done(name, "kept", 0.0, record["receipt"]))
+            else:
+                receipt = json.loads(json.dumps(stage.work(work)))  # as a kept stage has it
+                seconds = round(time.monotonic() - started, 3)
+                done.append(Done(name, "made" if writes else "checked", seconds, receipt))
+                if writes:
+                    state[name] = {
+                        "key": key,
+                        "settings": dict(stage.decides(config)),
+                        "seconds": seconds,
+                        "receipt": receipt,
+                    }
+                    write_json_atomic(work.folder(STATE), state)
+            on_stage(done[-1])
+    return Run(out=config.out or "", stages=tuple(done))
+
+
+def read_state(out: Path) -> dict[str, Any]:
+    """What `run.json` of a run folder says of each stage; empty when there is none.
+
+    Raises:
+        InputError: it is there but not ours.
+    """
+    path = out / STATE
+    try:
+        state = json.loads(path.read_bytes())
+        assert all({"key", "settings", "seconds", "receipt"} <= record.keys() for record in state.values())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, AssertionError) as error:
+        raise InputError(f"not a readable run state ({error!r})", where=str(path), hint="remove it") from error
+    return dict(state)
+
+
+def _wanted(config: Config, name: str) -> bool:
+    return getattr(config, STAGES[name].needs) is not None or STAGES[name].needs == "source"
+
+
+def _keys(work: Work) -> dict[str, str]:
+    """A hash for every stage that the config has the sections for."""
+    keys: dict[str, str] = {}
+    for name, stage in STAGES.items():
+        if _wanted(work.config, name) and (name != "pretrain" or work.config.data is not None):
+            parts = [work.checkpoint.fingerprint, dict(stage.decides(work.config)), [keys[k] for k in stage.after]]
+            keys[name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return keys
+
+
+def _late_key(name: str, keys: Mapping[str, str], state: Mapping[str, Any]) -> str:
+    """Scores and report show what is there, so their keys also depend on what is there by now."""
+    if name not in ("eval", "report"):
+        return keys[name]
+    there = {other: record["key"] for other, record in state.items() if other in ("convert", "pretrain")}
+    there |= {other: record["key"] for other, record in state.items() if name == "report" and other != "report"}
+    return hashlib.sha256(json.dumps([keys[name], there], sort_keys=True).encode()).hexdigest()
+
+
+def _check_before(work: Work, names: Sequence[str], keys: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Before the first byte: nothing finished is overwritten by accident, and what a stage builds on is there."""
+    for name in names:
+        record = state.get(name)
+        kept = name in ("convert", "prepare", "pretrain") or (name == "plan" and "convert" in state)
+        if record and kept and record["key"] != keys[name] and not work.force:
+            raise UsageError(
+                f"{name} is finished with other settings{_difference(record['settings'], name, work.config)}",
+                where=str(work.folder(STAGES[name].output).parent if name != "plan" else work.folder(STATE)),
+                hint="--force makes it again, --out makes another run",
+            )
+        for before in STAGES[name].after:
+            record = state.get(before)
+            if before not in names and (record is None or record["key"] != keys[before]):
+                found = "is not finished" if record is None else "was made with other settings"
+                raise InputError(
+                    f"{before} {found}", where=str(work.out), hint=f"`prismoe {before}` first, or `prismoe run`"
+                )
+
+
+def _difference(before: Mapping[str, Any], name: str, config: Config) -> str:
+    """The first setting of a stage that differs, for the message."""
+    now = json.loads(json.dumps(dict(STAGES[name].decides(config))))
+    for section, value in now.items():
+        old = before.get(section)
+        if isinstance(value, dict) and isinstance(old, dict):
+            for key in sorted({**value, **old}):
+                if value.get(key) != old.get(key):
+                    return f" ({section}.{key} was {old.get(key)!r}, is {value.get(key)!r})"
+        if value != old:
+            return f" ({section} was {old!r}, is {value!r})"
+    return " (an earlier stage or the source changed)"
+
+
+def _yaml(config: Config) -> bytes:
+    import yaml
+
+    head = "# Written by prismoe: the whole configuration of this run, defaults included.\n"
+    return (head + yaml.safe_dump(config.to_dict(), sort_keys=False)).encode()

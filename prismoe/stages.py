@@ -1,0 +1,222 @@
+"""The stages of a run: each calls one function of prismoe on the run folder, and says what its result depends on."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prismoe.errors import UsageError
+from prismoe.folder import write_json_atomic
+from prismoe.progress import Progress
+
+if TYPE_CHECKING:
+    from prismoe.checkpoint import Checkpoint
+    from prismoe.config import Config
+    from prismoe.plan import Plan
+
+__all__ = ["STAGES", "Stage", "Work"]
+
+
+class Work:
+    """What the stages share: the config, the folder, and the dense checkpoint, opened once."""
+
+    def __init__(self, config: Config, *, dry_run: bool, force: bool, offline: bool, on_progress: Progress) -> None:
+        self.config, self.dry_run, self.force, self.offline = config, dry_run, force, offline
+        self.on_progress = on_progress
+        self.out = Path(config.out) if config.out is not None else None
+        self._checkpoint: Checkpoint | None = None
+        self._plan: Plan | None = None
+
+    def folder(self, name: str) -> Path:
+        out: str = self.config.need("out")
+        return Path(out) / name
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        from prismoe.checkpoint import Checkpoint
+
+        if self._checkpoint is None:
+            self._checkpoint = Checkpoint.open(self.config.need("source"), offline=self.offline)
+        return self._checkpoint
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the config describes: drawing it again costs less than trusting a file."""
+        from prismoe.plan import make_plan
+
+        if self._plan is None:
+            plan = self.config.plan
+            with self.placed("plan"):
+                self._plan = make_plan(
+                    self.checkpoint,
+                    method=plan.method,
+                    layers=plan.layers,
+                    top_k=plan.top_k,
+                    seed=self.config.seed,
+                    **plan.arguments,
+                )
+        return self._plan
+
+    @contextmanager
+    def placed(self, section: str) -> Iterator[None]:
+        """A complaint about an argument is told where the argument was written."""
+        from prismoe.config import known_keys
+
+        try:
+            yield
+        except UsageError as error:
+            if f"{section}.{error.where}" not in known_keys():
+                raise
+            where = self.config.place(f"{section}.{error.where}")
+            raise UsageError(error.found, where=where, needed=error.needed, hint=error.hint) from None
+
+    def domains(self) -> list[Path]:
+        return [self.folder("data") / name for name in self.config.need("data").domains]
+
+
+def _plan(work: Work) -> dict[str, Any]:
+    from prismoe.account import account
+    from prismoe.plan import plan_shape
+
+    shape, convert = plan_shape(work.plan), work.config.convert
+    counted = account(work.checkpoint.family, shape, convert.target, pad_to=convert.pad_to)
+    if work.out is not None and not work.dry_run:
+        work.plan.save(work.out / "plan.safetensors")
+    origin = asdict(work.plan.origin)
+    return {**origin, "source_name": str(work.config.source), "shape": asdict(shape), "account": counted.to_dict()}
+
+
+def _convert(work: Work) -> dict[str, Any]:
+    from prismoe.convert import convert
+
+    options = asdict(work.config.convert)
+    return convert(
+        work.checkpoint,
+        work.plan,
+        out=work.folder("moe"),
+        force=work.force,
+        dry_run=work.dry_run,
+        on_progress=work.on_progress,
+        **options,
+    ).to_dict()
+
+
+def _verify(work: Work) -> dict[str, Any]:
+    from prismoe.verify import verify
+
+    return verify(
+        work.folder("moe"),
+        source=work.checkpoint,
+        tokens=work.config.verify.tokens,
+        offline=work.offline,
+        on_progress=work.on_progress,
+    ).to_dict()
+
+
+def _prepare(work: Work) -> dict[str, Any]:
+    from prismoe.data.prepare import DomainSource, prepare
+
+    data = work.config.need("data")
+    return prepare(
+        {
+            name: DomainSource(train=_tuple(domain.train), heldout=_tuple(domain.heldout), field=domain.field)
+            for name, domain in data.domains.items()
+        },
+        tokenizer=data.tokenizer or work.checkpoint.folder,
+        out=work.folder("data"),
+        heldout_fraction=data.heldout_fraction,
+        force=work.force,
+        dry_run=work.dry_run,
+        on_progress=work.on_progress,
+    ).to_dict()
+
+
+def _pretrain(work: Work) -> dict[str, Any]:
+    from prismoe.train.pretrain import pretrain
+
+    trained = pretrain(
+        work.folder("moe"),
+        work.config.need("pretrain"),
+        domains=work.domains(),
+        weights=work.config.need("data").weights,
+        out=work.folder("train"),
+        force=work.force,
+        offline=work.offline,
+        on_progress=work.on_progress,
+    )
+    assert trained is not None, "only a dry run has no receipt"
+    return trained.to_dict()
+
+
+def _eval(work: Work) -> dict[str, Any]:
+    from prismoe.evaluate import evaluate
+
+    made = {"step 0": work.folder("moe"), "trained": work.folder("train/model")}
+    models: dict[str, str | Path | Checkpoint] = {"dense": work.checkpoint}
+    models |= {name: path for name, path in made.items() if path.is_dir()}
+    options = asdict(work.config.eval)
+    options["seq_len"] = options["seq_len"] or (work.config.pretrain.seq_len if work.config.pretrain else 512)
+    scores = evaluate(models, work.domains(), offline=work.offline, on_progress=work.on_progress, **options).to_dict()
+    write_json_atomic(work.folder("scores.json"), scores)
+    return scores
+
+
+def _report(work: Work) -> dict[str, Any]:
+    from prismoe.report import write_report
+
+    path = write_report(work.folder("."))
+    return {"report": str(path), "bytes": path.stat().st_size}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`decides` gives what its result depends on beside the stages in `after`; `output` must be there when finished."""
+
+    work: Callable[[Work], dict[str, Any]]
+    output: str
+    after: tuple[str, ...]
+    decides: Callable[[Config], Mapping[str, Any]]
+    needs: str = "source"
+    dry: bool = False
+
+
+STAGES: dict[str, Stage] = {
+    "plan": Stage(_plan, "plan.safetensors", (), lambda c: {"seed": c.seed, "plan": asdict(c.plan)}, dry=True),
+    "convert": Stage(_convert, "moe/manifest.json", ("plan",), lambda c: {"convert": asdict(c.convert)}, dry=True),
+    "verify": Stage(_verify, "moe/certificate.json", ("convert",), lambda c: {"verify": asdict(c.verify)}),
+    "prepare": Stage(_prepare, "data", (), lambda c: {"data": _texts(c)}, needs="data", dry=True),
+    "pretrain": Stage(
+        _pretrain,
+        "train/manifest.json",
+        ("convert", "prepare"),
+        lambda c: {"seed": c.seed, "weights": c.need("data").weights, "pretrain": asdict(c.need("pretrain"))},
+        needs="pretrain",
+    ),
+    "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs="data"),
+    "report": Stage(_report, "report.html", (), lambda c: {}),
+}
+"""Every stage in the order in which `run` takes them."""
+
+
+def _texts(config: Config) -> dict[str, Any]:
+    """Everything that decides the token shards: the files with their sizes, and how they are read."""
+    data = config.need("data")
+    found: dict[str, Any] = {"tokenizer": data.tokenizer, "heldout_fraction": data.heldout_fraction}
+    for name, domain in data.domains.items():
+        for split, paths in (("train", domain.train), ("heldout", domain.heldout)):
+            texts = sorted(
+                path
+                for pattern in _tuple(paths)
+                for path in glob.glob(pattern)  # noqa: PTH207 - patterns may be absolute
+            )
+            found[f"domains.{name}.{split}"] = {path: Path(path).stat().st_size for path in texts}
+        found[f"domains.{name}.field"] = domain.field
+    return found
+
+
+def _tuple(paths: str | list[str] | None) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else tuple(paths or ())

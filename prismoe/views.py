@@ -1,0 +1,205 @@
+"""Receipts as a person wants to read them: one line each, or a table. They take the dicts that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.text import Text
+
+from prismoe.console import Screen, bytes_text, count_text, seconds_text
+
+__all__ = ["summary", "view"]
+
+Receipt = Mapping[str, Any]
+
+
+def summary(stage: str, receipt: Receipt) -> str:
+    """What a stage did, in one line."""
+    return _SUMMARIES[stage](receipt)
+
+
+def view(screen: Screen, stage: str, receipt: Receipt) -> None:
+    """What a stage did, in full."""
+    screen.title(stage)
+    screen.line(summary(stage, receipt))
+    if stage in _VIEWS:
+        _VIEWS[stage](screen, receipt)
+
+
+def _plan_line(receipt: Receipt) -> str:
+    shape = receipt["shape"]
+    layers = f"{len(shape['moe_layers'])} of {shape['num_layers']} layers"
+    shared = f" + {shape['shared_width']} shared neurons" if shape["shared_width"] else ""
+    experts = f"{shape['num_experts']} experts × {shape['expert_width']} neurons{shared}"
+    return f"{receipt['method']}: {experts}, top-{shape['top_k']}, {layers}, seed {receipt['seed']}"
+
+
+def _plan(screen: Screen, receipt: Receipt) -> None:
+    counts = receipt["account"]
+    total, dense = counts["total_parameters"], counts["dense_parameters"]
+    active = f"{count_text(counts['active_parameters'])} ({100 * counts['active_parameters'] / total:.1f} %)"
+    flops, before = counts["flops_per_token"], counts["dense_flops_per_token"]
+    scales = ", ".join(f"{scale:g}" for scale in receipt["shape"]["scales"])
+    screen.table(
+        ["", "dense", counts["target"]],
+        [
+            ["parameters", count_text(dense), count_text(total)],
+            ["active per token", count_text(dense), active],
+            ["FFN active", "100 %", f"{counts['ffn_active_percent']:.1f} %"],
+            ["FLOPs per token", count_text(before), f"{count_text(flops)} ({100 * flops / before:.1f} %)"],
+            ["memory to load", "", bytes_text(counts["ram_bytes"])],
+            ["on disk", "", bytes_text(counts["disk_bytes"])],
+            ["time to convert", "", f"about {seconds_text(counts['convert_seconds'])}"],
+            ["scale of the routed output", "", scales],
+        ],
+    )
+    screen.title("targets")
+    rows: list[list[str | Text]] = [[_mark(True), name, ""] for name in counts["accepted_by"]]
+    for name, objections in counts["objections"].items():
+        for index, row in enumerate(objections):
+            reason = f"{row['field']} is {row['found']}, needs {row['needed']}"
+            rows.append([_mark(False), name, reason] if index == 0 else ["", "", reason])
+    screen.table(["", "", ""], rows, justify="lll")
+    for note in counts["notes"]:
+        screen.line(f"note: {note}", style="dim")
+
+
+def _convert_line(receipt: Receipt) -> str:
+    shards = f"{receipt['num_shards']} file{'s' if receipt['num_shards'] > 1 else ''}"
+    what = f"{receipt['target']}: {receipt['num_tensors']} tensors, {bytes_text(receipt['total_bytes'])} in {shards}"
+    if receipt["state"] == "dry run":
+        return f"{what}; {bytes_text(receipt['free_bytes'])} of disk free"
+    rate = f" at {bytes_text(receipt['total_bytes'] / receipt['seconds'])}/s" if receipt["seconds"] else ""
+    return what + (rate if receipt["state"] == "written" else f", {receipt['state']}")
+
+
+def _convert(screen: Screen, receipt: Receipt) -> None:
+    rows = {"folder": receipt["out"], "experts": f"{receipt['num_experts']}, top-{receipt['top_k']}"}
+    if receipt["kept_shards"]:
+        rows["kept from before"] = f"{receipt['kept_shards']} files"
+    if receipt["dropped"]:
+        rows["not needed"] = ", ".join(receipt["dropped"])
+    screen.pairs(rows)
+    if receipt["files"]:
+        rows_ = [[name, bytes_text(row["bytes"]), row["sha256"][:16]] for name, row in receipt["files"].items()]
+        screen.table(["file", "size", "sha256"], rows_, justify="lrl")
+
+
+def _verify_line(receipt: Receipt) -> str:
+    passed = sum(check["passed"] for check in receipt["checks"])
+    worst = {check["name"]: check["measured"] for check in receipt["checks"]}
+    name = next(name for name in ("upcycled", "all_experts", "plan") if name in worst)
+    equals = {"upcycled": "equals dense", "all_experts": "all experts on equal dense", "plan": "equals its plan"}[name]
+    return f"{passed} of {len(receipt['checks'])} checks hold, {equals} to {_small(worst[name])}"
+
+
+def _verify(screen: Screen, receipt: Receipt) -> None:
+    rows: list[list[str | Text]] = []
+    for check in receipt["checks"]:
+        limit, measured = "" if check["limit"] is None else _small(check["limit"]), _small(check["measured"])
+        rows.append([_mark(check["passed"]), check["name"], measured, limit, check["meaning"], check["where"]])
+    screen.table(["", "check", "measured", "limit", "what", "worst at"], rows, justify="llrrll")
+    ratios = [(row["layer"], row["norm_ratio"]) for row in receipt["layers"] if row["kind"] != "dense"]
+    screen.line(f"inputs: {receipt['num_tokens']} tokens, {receipt['input']}", style="dim")
+    screen.line("")
+    screen.line("‖mixture‖ / ‖dense‖ of the FFN output, by layer:")
+    screen.line("  " + "  ".join(f"{layer}: {_ratio(ratio)}" for layer, ratio in ratios))
+
+
+def _small(number: float | str) -> str:
+    """An error or a limit; a number that is not finite comes as its name."""
+    return number if isinstance(number, str) else f"{number:.1e}" if number else "0"
+
+
+def _ratio(number: float | str) -> str:
+    return number if isinstance(number, str) else f"{number:.2f}"
+
+
+def _prepare_line(receipt: Receipt) -> str:
+    train = sum(row["splits"]["train"]["num_tokens"] for row in receipt["domains"])
+    held = sum(row["splits"]["heldout"]["num_tokens"] for row in receipt["domains"])
+    count = len(receipt["domains"])
+    return f"{count} domain{'s' * (count > 1)}, {count_text(train)} tokens to train on, {count_text(held)} held out"
+
+
+def _prepare(screen: Screen, receipt: Receipt) -> None:
+    rows = []
+    for row in receipt["domains"]:
+        train, held = row["splits"]["train"], row["splits"]["heldout"]
+        per_token = train["num_bytes"] / max(train["num_tokens"], 1)
+        cells = [count_text(train[key]) for key in ("num_documents", "num_tokens")]
+        cells += [bytes_text(train["num_bytes"]), f"{per_token:.2f}"]
+        rows.append([row["name"], *cells, count_text(held["num_documents"]), count_text(held["num_tokens"])])
+    columns = ["domain", "documents", "tokens", "text", "bytes/token", "held-out documents", "tokens"]
+    screen.table(columns, rows)
+
+
+def _pretrain_line(receipt: Receipt) -> str:
+    loss = f"loss {receipt['first_loss']:.3f} → {receipt['last_loss']:.3f}"
+    rate = receipt.get("tokens_per_second")
+    speed = f", {count_text(rate)} tokens/s" if rate else ""
+    return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens, {loss}{speed}"
+
+
+def _pretrain(screen: Screen, receipt: Receipt) -> None:
+    shares = {row["name"]: row for row in receipt["mixture"]}
+    rows = []
+    for name, before in receipt["heldout_before"].items():
+        share, after = shares.get(name, {}), receipt["heldout_after"][name]
+        asked = [f"{100 * share[key]:.1f} %" for key in ("requested", "achieved")] if share else ["", ""]
+        epochs = f"{share['epochs']:.2f}" if share else ""
+        rows.append([name, *asked, epochs, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"])
+    screen.table(["domain", "requested", "achieved", "epochs", "held-out loss at step 0", "at the end", "change"], rows)
+    facts = {"model": receipt["model"]}
+    if receipt["router"]:
+        low, high = receipt["router_gradient_norm"]
+        facts["router policy"] = receipt["router"]
+        facts["router gradient norm"] = f"{low:.2g} to {high:.2g}"
+        facts["idle experts at the end"] = str(receipt["idle_experts"])
+    if receipt["resumed_from"]:
+        facts["resumed from step"] = str(receipt["resumed_from"])
+    screen.pairs(facts)
+
+
+def _eval_line(receipt: Receipt) -> str:
+    models = list(receipt["models"])
+    tokens = sum(row["scored_tokens"] for row in receipt["scores"] if row["model"] == models[0])
+    return f"{', '.join(models)} on {count_text(tokens)} held-out tokens, windows of {receipt['seq_len']}"
+
+
+def _eval(screen: Screen, receipt: Receipt) -> None:
+    models, table = list(receipt["models"]), {(row["domain"], row["model"]): row for row in receipt["scores"]}
+    heads = [f"{group if index == 0 else ''}\n{model}" for group in GROUPS for index, model in enumerate(models)]
+    rows: list[list[str | Text]] = []
+    for domain in receipt["domains"]:
+        found = [table[domain, model] for model in models]
+        perplexity = [f"{row['perplexity']:,.2f}" for row in found]
+        rows.append([domain, *perplexity, *(f"{row['bits_per_byte']:.3f}" for row in found)])
+    screen.table(["\ndomain", *heads], rows)
+
+
+GROUPS = ("perplexity", "bits/byte")
+
+
+def _mark(good: bool) -> Text:
+    return Text("✓", style="green") if good else Text("✗", style="red")
+
+
+_SUMMARIES: dict[str, Callable[[Receipt], str]] = {
+    "plan": _plan_line,
+    "convert": _convert_line,
+    "verify": _verify_line,
+    "prepare": _prepare_line,
+    "pretrain": _pretrain_line,
+    "eval": _eval_line,
+    "report": lambda receipt: f"{receipt['report']} ({bytes_text(receipt['bytes'])})",
+}
+_VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
+    "plan": _plan,
+    "convert": _convert,
+    "verify": _verify,
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "eval": _eval,
+}
