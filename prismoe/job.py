@@ -20,7 +20,7 @@ from prismoe.target import lower, moe_config
 from prismoe.targets import find_target
 from prismoe.writer import BUFFER_BYTES
 
-__all__ = ["PLAN", "Job", "check_room", "is_shard", "prepare"]
+__all__ = ["PLAN", "Job", "available_memory", "check_room", "is_shard", "prepare"]
 
 PLAN = "plan.safetensors"
 MOST_WORKERS = 4  # shards at a time; more only adds memory, the disk is busy by then
@@ -104,7 +104,7 @@ def check_room(job: Job, out: Path) -> int:
         raise ResourceError(
             f"{free / 1e9:.2f} GB free", where=str(out), needed=f"{needed / 1e9:.2f} GB", hint="free some disk space"
         )
-    available = _available_memory()
+    available = available_memory()
     if available is not None and job.memory_bytes > available:
         raise ResourceError(
             f"{available / 1e6:.0f} MB of memory available", where="convert", needed=f"{job.memory_bytes / 1e6:.0f} MB"
@@ -112,7 +112,8 @@ def check_room(job: Job, out: Path) -> int:
     return free
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

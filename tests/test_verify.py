@@ -132,6 +132,16 @@ def test_same_bytes_each_time(tmp_path: Path) -> None:
     assert (folder / "certificate.json").read_bytes() == first
 
 
+def test_a_model_that_does_not_fit_is_proved_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = converted(tmp_path, "llama to mixtral")
+    whole = check(folder)
+    monkeypatch.setattr("prismoe.verify.chain.available_memory", lambda: 100_000)
+    chained = check(folder, force=True)
+    assert chained.whole == "not loaded whole: 0.0 GB of memory needed, 0.0 GB available"
+    assert chained.passed
+    assert numbers(chained) == numbers(whole)  # the chain is the whole model bit for bit
+
+
 def test_not_a_finished_folder(tmp_path: Path) -> None:
     folder = converted(tmp_path, "llama to mixtral")
     (folder / "manifest.json").unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError
 from prismoe.family import optional_tensor
 from prismoe.folder import Manifest, versions
+from prismoe.job import available_memory
 from prismoe.plan import LayerPlan, Plan
 from prismoe.progress import Progress
 from prismoe.tensorfile import ITEM_BYTES
@@ -200,8 +200,10 @@ class _Chain:
     def _load_whole(self, ids_T: torch.Tensor, expected_TV: torch.Tensor) -> None:
         """Load the folder as a user does, where float32 weights and as much again fit into free memory."""
         size = 4 * sum(info.nbytes // ITEM_BYTES[info.dtype] for info in self.moe.tensors.values())
-        if 2 * size > (free := _free_memory()):
-            self.whole = f"not loaded whole: {2 * size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        free = available_memory()
+        if free is None or 2 * size > free:
+            has = "unknown" if free is None else f"{free / 1e9:.1f} GB"
+            self.whole = f"not loaded whole: {2 * size / 1e9:.1f} GB of memory needed, {has} available"
             return
         model, loading = stock.load_whole(self.moe)
         self.worst.count("loading", loading.problems)
@@ -239,7 +241,3 @@ def _numpy(tensor: torch.Tensor | Array) -> Array:
 
 def _float64(tensor: torch.Tensor | Array) -> npt.NDArray[np.float64]:
     return _numpy(tensor).astype(np.float64)
-
-
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
