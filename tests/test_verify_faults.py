@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismoe.errors import NumericalError
+from prismoe.errors import InputError, NumericalError
 from prismoe.folder import Manifest, hash_files
 from prismoe.verify import Certificate
 from tests.conversions import check, converted
@@ -260,3 +260,11 @@ def test_a_wrong_config(case: str, keys: dict[str, Any], checks: set[str], copy_
     folder = copy_of(case)
     plant_config(folder, **keys)
     assert checks <= failed(folder)
+
+
+@pytest.mark.parametrize("keys", [{"model_type": "nonesuch"}, {"hidden_size": "many"}])
+def test_a_config_that_transformers_cannot_read(keys: dict[str, Any], copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("llama to mixtral")
+    plant_config(folder, **keys)
+    with pytest.raises(InputError, match=r"config\.json: stock transformers cannot read it: "):
+        check(folder)

@@ -55,7 +55,7 @@ class _Worst:
     found: dict[str, Check] = field(default_factory=dict)
 
     def add(self, name: str, measured: float, limit: float | None, where: str) -> None:
-        check = Check(name, float(measured), limit, where, MEANING[name])
+        check = Check(name, float(measured), limit, where if measured else "", MEANING[name])
         before = self.found.get(name)
         if before is None or _share(check) > _share(before):
             self.found[name] = check

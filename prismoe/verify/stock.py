@@ -73,8 +73,14 @@ def quietly() -> Iterator[None]:
 def _stock_config(checkpoint: Checkpoint) -> Any:
     from transformers import AutoConfig
 
-    with quietly():
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    try:
+        with quietly():
+            return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each field's validator has an exception of its own
+        raise InputError(
+            f"stock transformers cannot read it: {' '.join(str(error).split())[:200]}",
+            where=str(checkpoint.folder / "config.json"),
+        ) from error
 
 
 def _tensor(checkpoint: Checkpoint, name: str, *, rows: int | None = None) -> torch.Tensor:
