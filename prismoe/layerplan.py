@@ -53,7 +53,8 @@ class LayerView:
 
     def generator(self) -> np.random.Generator:
         """A Philox stream of (seed, layer), far from the one that router rows are drawn from."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, self.index], counter=[0, 0, 0, 1]))
+        key = np.array([self.seed, self.index], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, 1]))
 
 
 def layer_problem(layer: LayerPlan, *, num_neurons: int, hidden_size: int) -> str:
@@ -69,7 +70,7 @@ def layer_problem(layer: LayerPlan, *, num_neurons: int, hidden_size: int) -> st
             return f"{name} are not in ascending order or repeat a neuron"
     router = layer.router
     if isinstance(router, RouterDraw):
-        if type(router.seed) is not int or not 0 <= router.seed < 2**64 or not _finite(router.std) or router.std < 0:
+        if type(router.seed) is not int or not 0 <= router.seed < 2**63 or not _finite(router.std) or router.std < 0:
             return f"router {router}"
     elif router.shape != (len(layer.experts), hidden_size) or not np.isfinite(router).all():
         return f"router {list(router.shape)} is not finite [{len(layer.experts)}, {hidden_size}]"

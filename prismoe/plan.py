@@ -67,11 +67,19 @@ class Plan:
         data = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in tensors.values())
         return header_bytes(entries, metadata=header) + data
 
-    def save(self, path: str | Path) -> Path:
-        """Write the plan into one file.
+    def to_bytes(self) -> bytes:
+        """The content of a plan file. Equal plans give equal bytes."""
+        header, tensors = _pack(self)
+        entries = [(name, "F32" if a.dtype == np.float32 else "I32", a.shape) for name, a in tensors.items()]
+        data = b"".join(
+            np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes() for array in tensors.values()
+        )
+        return header_bytes(entries, metadata=header) + data
 
-        Raises:
-            ResourceError: the folder cannot be written or the disk is full.
+    def save(self, path: str | Path) -> Path:
+        """Write one .safetensors file: index tensors, and everything else readable in the header.
+
+        Experts that all hold every neuron are named in the header instead of stored.
         """
         path = Path(path)
         write_atomic(path, self.to_bytes())
@@ -131,8 +139,8 @@ def make_plan(
     dense = checkpoint.family
     split = registry.load("prismoe.methods", method, where="method").split
     bound = registry.arguments(split, arguments, where=f"method {method}")
-    if not 0 <= seed < 2**64:
-        raise UsageError(f"{seed}", where="seed", needed="a whole number from 0 to 2**64 - 1")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"{seed}", where="seed", needed="a whole number from 0 to 2**63 - 1")
     if top_k < 1:
         raise UsageError(f"{top_k}", where="top_k", needed="at least 1")
     num_experts = bound.get("num_experts", top_k)
