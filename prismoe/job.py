@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def prepare(checkpoint: Checkpoint, plan: Plan, target: str, pad_to: int, max_sh
     used = {piece.recipe.source for shard in shards for piece in shard.pieces if not isinstance(piece.recipe, Fill)}
     settings = {"target": target, "pad_to": pad_to, "max_shard_bytes": max_shard_bytes}
     side_files = {path.name: path.read_bytes() for path in checkpoint.side_files}
-    plan_bytes = _plan_bytes(plan)
+    plan_bytes = plan.to_bytes()
     digest = hashlib.sha256(json.dumps([checkpoint.fingerprint, settings, config], sort_keys=True).encode())
     for part in (plan_bytes, *(text for pair in side_files.items() for text in (pair[0].encode(), pair[1]))):
         digest.update(hashlib.sha256(part).digest())
@@ -83,14 +82,6 @@ def prepare(checkpoint: Checkpoint, plan: Plan, target: str, pad_to: int, max_sh
     )
 
 
-def _plan_bytes(plan: Plan) -> bytes:
-    """The bytes of the plan's file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PLAN
-        plan.save(path)
-        return path.read_bytes()
-
-
 def check_room(job: Job, out: Path) -> int:
     """Compare disk and memory with what the job needs; returns the free bytes of the disk.
 
@@ -102,14 +93,17 @@ def check_room(job: Job, out: Path) -> int:
     needed = job.total_bytes - there + sum(map(len, job.side_files.values())) + len(job.plan_bytes) + (1 << 20)
     if needed > free:
         raise ResourceError(
-            f"{free / 1e9:.2f} GB free", where=str(out), needed=f"{needed / 1e9:.2f} GB", hint="free some disk space"
+            f"{_size(free)} of disk free", where=str(out), needed=_size(needed), hint="free some space, or choose --out"
         )
     available = available_memory()
     if available is not None and job.memory_bytes > available:
-        raise ResourceError(
-            f"{available / 1e6:.0f} MB of memory available", where="convert", needed=f"{job.memory_bytes / 1e6:.0f} MB"
-        )
+        raise ResourceError(f"{_size(available)} of memory available", where="convert", needed=_size(job.memory_bytes))
     return free
+
+
+def _size(count: int) -> str:
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"
 
 
 def available_memory() -> int | None:

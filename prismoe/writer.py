@@ -92,7 +92,7 @@ def _stream(
     digest = hashlib.sha256()
     count = -(-shard.nbytes // CHUNK)
     # Page-aligned memory, as direct writes need; freed when the last view of it is gone.
-    view = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+    view = memoryview(mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     buffers = [view[slot * CHUNK : (slot + 1) * CHUNK] for slot in range(DEPTH)]
     made: list[Future[int] | None] = [None] * DEPTH
     written: list[Future[int] | None] = [None] * DEPTH
