@@ -67,15 +67,6 @@ class Plan:
         data = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in tensors.values())
         return header_bytes(entries, metadata=header) + data
 
-    def to_bytes(self) -> bytes:
-        """The content of a plan file. Equal plans give equal bytes."""
-        header, tensors = _pack(self)
-        entries = [(name, "F32" if a.dtype == np.float32 else "I32", a.shape) for name, a in tensors.items()]
-        data = b"".join(
-            np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes() for array in tensors.values()
-        )
-        return header_bytes(entries, metadata=header) + data
-
     def save(self, path: str | Path) -> Path:
         """Write one .safetensors file: index tensors, and everything else readable in the header.
 
