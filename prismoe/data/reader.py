@@ -31,7 +31,7 @@ _READ_ZSTD = 1 << 12
 
 @dataclass(frozen=True)
 class Document:
-    """One document: `num_bytes` of UTF-8, `where` is file:line, `position` how many bytes of the file were read so far."""
+    """One document: `num_bytes` of UTF-8, `where` is file:line, `position` bytes of the file read by then."""
 
     text: str
     num_bytes: int
