@@ -36,11 +36,12 @@ print(json.dumps({"total": receipt.total_bytes, "seconds": receipt.seconds, **{k
 PLAN = """
 import sys, time
 started = time.perf_counter()
-from prismoe.convert import convert
+from prismoe.checkpoint import Checkpoint
+from prismoe.job import prepare
 from prismoe.plan import make_plan
 plan = make_plan(sys.argv[1], num_experts=16, top_k=4)
-receipt = convert(sys.argv[1], plan, out=sys.argv[1] + ".none", dry_run=True)
-print(time.perf_counter() - started, receipt.num_tensors, receipt.total_bytes)
+job = prepare(Checkpoint.open(sys.argv[1]), plan, "mixtral", 32, 5_000_000_000)
+print(time.perf_counter() - started, sum(len(shard.keys) for shard in job.shards), job.total_bytes)
 """
 
 

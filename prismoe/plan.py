@@ -68,9 +68,10 @@ class Plan:
         return header_bytes(entries, metadata=header) + data
 
     def save(self, path: str | Path) -> Path:
-        """Write one .safetensors file: index tensors, and everything else readable in the header.
+        """Write the plan into one file.
 
-        Experts that all hold every neuron are named in the header instead of stored.
+        Raises:
+            ResourceError: the folder cannot be written or the disk is full.
         """
         path = Path(path)
         write_atomic(path, self.to_bytes())
