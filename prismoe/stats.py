@@ -167,9 +167,9 @@ class NeuronStats:
 class Calibration:
     """Receipt of `calibrate` and handle on its folder: one file of statistics per layer.
 
-    `source` is the fingerprint of the dense model. `cluster_domains` [C][G] counts the sequences of each domain in
-    each data cluster. `state` is "written", "already complete", "opened" or "dry run"; memory and disk in bytes are
-    what the job needs at most, beside the weights of one window of layers.
+    `source` is the fingerprint of the dense model. `loss` is nats a token, where the quantities needed it.
+    `cluster_domains` [C][G] counts the sequences of each domain in each data cluster. `state` is "written", "already
+    complete", "opened" or "dry run"; memory and disk in bytes are what the job needs at most.
     """
 
     folder: Path
@@ -179,6 +179,7 @@ class Calibration:
     num_clusters: int
     num_sequences: int
     num_tokens: int
+    loss: float | None
     cluster_domains: tuple[tuple[int, ...], ...]
     domains: tuple[str, ...]
     settings: Mapping[str, Any]
@@ -209,6 +210,7 @@ class Calibration:
                 num_clusters=int(result["num_clusters"]),
                 num_sequences=int(result["num_sequences"]),
                 num_tokens=int(result["num_tokens"]),
+                loss=None if result["loss"] is None else float(result["loss"]),
                 cluster_domains=tuple(tuple(int(n) for n in row) for row in result["cluster_domains"]),
                 domains=tuple(str(name) for name in result["domains"]),
                 settings=config,

@@ -1,0 +1,85 @@
+"""Memory and disk of a calibration, estimated from shapes and compared with what is there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismoe.calibrate.settings import CalibrateConfig
+from prismoe.calibrate.text import Text
+from prismoe.errors import ResourceError
+from prismoe.family import DenseConfig
+
+__all__ = ["Needs", "check_needs"]
+
+BASE_BYTES = 600 << 20  # interpreter, torch, transformers
+HEAD_BYTES = 3 << 27  # logits of one piece, their softmax and gradient
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job takes at most, in bytes. Memory is the device's and the host's together."""
+
+    memory_bytes: int
+    disk_bytes: int
+
+
+def estimate(dense: DenseConfig, text: Text, config: CalibrateConfig) -> Needs:
+    """From shapes alone; activations are counted per token as the stock classes keep them for a backward pass."""
+    d, f, size = dense.hidden_size, dense.intermediate_size, 2 if config.precision == "bf16" else 4
+    layers = min(config.layers_at_once or dense.num_layers, dense.num_layers)
+    heads = (dense.num_heads + 2 * dense.num_kv_heads) * dense.head_dim
+    weights = layers * (3 * d * f + d * heads + dense.num_heads * dense.head_dim * d)
+    weights += dense.vocab_size * d * (1 if dense.tie_embeddings else 2)
+    clusters = len(text.domains) if config.clusters == "domains" else int(config.clusters)
+    sums = 8 * f * ((clusters if "importance" in config.quantities else 0) + 4)
+    sums += 4 * f * f * ("coactivation" in config.quantities)
+    batch = config.batch_size * config.seq_len
+    per_token = (6 * f + 8 * d + 3 * heads) * (layers if config.gradient else 1)
+    row = {"inputs": 4 * d, "marks": 4 * config.marks_per_token, "scores": 2 * f}
+    samples = len(text.samples) * sum(width for name, width in row.items() if name in config.quantities)
+    files = dense.num_layers * (samples + sums)
+    windows = -(-dense.num_layers // layers)
+    waiting = (windows if config.gradient else 2) * (windows > 1)
+    scratch = layers * (samples + sums) + waiting * text.num_tokens * d * size
+    return Needs(
+        # A layer's statistics are in memory once more while its file is written.
+        memory_bytes=BASE_BYTES + HEAD_BYTES + weights * size + layers * sums + samples + batch * per_token * size,
+        disk_bytes=files + scratch,
+    )
+
+
+def check_needs(dense: DenseConfig, text: Text, config: CalibrateConfig, *, out: Path) -> Needs:
+    """The estimate, when it fits.
+
+    Raises:
+        ResourceError: the disk of `out` or (on a CPU) the memory is too small.
+    """
+    needs = estimate(dense, text, config)
+    existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needs.disk_bytes > free:
+        raise ResourceError(
+            f"{free / 1e9:.2f} GB free",
+            where=str(out),
+            needed=f"{needs.disk_bytes / 1e9:.2f} GB",
+            hint="fewer max_tokens or sample_tokens, or more layers_at_once",
+        )
+    available = _available_memory() if config.device == "cpu" else None
+    if available is not None and needs.memory_bytes > available:
+        raise ResourceError(
+            f"{available / 1e9:.2f} GB of memory available",
+            where="calibrate",
+            needed=f"about {needs.memory_bytes / 1e9:.2f} GB",
+            hint="set layers_at_once (fewer layers in memory), or a smaller batch_size",
+        )
+    return needs
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None  # not Linux: nothing to compare with
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

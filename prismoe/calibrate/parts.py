@@ -1,0 +1,95 @@
+"""The dense model in stock pieces: embedding, layers (as many as are asked for at a time), last norm and head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prismoe.checkpoint import Checkpoint
+from prismoe.errors import InputError, NumericalError
+from prismoe.family import optional_tensor
+from prismoe.verify.stock import Loading, load_ends, load_layer
+
+__all__ = ["Parts"]
+
+LOGITS = 1 << 25  # logits in memory at a time: 128 MiB, and as much again for their gradient
+
+
+class Parts:
+    """Stock transformers modules with frozen weights in one precision, on one device; layers stay until others come."""
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._ignored = [name for name in checkpoint.tensors if optional_tensor(checkpoint.family, name)]
+        ends, loading = load_ends(checkpoint, without=self._ignored)
+        self._ends = self._settle(ends.model, loading)
+        # Hidden states enter through the same door as embeddings; what the class does to those is done in `embed`.
+        self._factor = float(getattr(self._ends.model, "embedding_multiplier", 1.0))
+        _open_door(self._ends.model)
+        self._layers: dict[int, Any] = {}
+
+    def layers(self, first: int, stop: int) -> list[Any]:
+        """Stock one-layer base models of layers `first` to `stop` - 1; `.layers[0].mlp` is the FFN."""
+        self._layers = {layer: base for layer, base in self._layers.items() if first <= layer < stop}
+        for layer in range(first, stop):
+            if layer not in self._layers:
+                loaded, loading = load_layer(self.checkpoint, layer, without=self._ignored)
+                base = self._settle(loaded.model, loading).model
+                base.norm = nn.Identity()
+                _open_door(base)
+                self._layers[layer] = base
+        return [self._layers[layer] for layer in range(first, stop)]
+
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] hidden states before the first layer."""
+        with torch.no_grad():
+            embedded: torch.Tensor = self._ends.get_input_embeddings()(ids_BT.to(self.device)) * self._factor
+        return embedded
+
+    @staticmethod
+    def run(bases: list[Any], hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """Through the layers, [B, T, D] to [B, T, D]."""
+        for base in bases:
+            hidden_BTD = base(inputs_embeds=hidden_BTD, use_cache=False).last_hidden_state
+        return hidden_BTD
+
+    def loss(self, hidden_BTD: torch.Tensor, ids_BT: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """Language-model loss in nats, summed over the predicted tokens, and its gradient [B, T, D] by `hidden_BTD`.
+
+        Rows go through norm and head a piece at a time, so that memory does not grow with the vocabulary.
+        """
+        hidden_ND = hidden_BTD.detach()[:, :-1].flatten(0, 1)
+        labels_N = ids_BT[:, 1:].flatten().to(self.device)
+        gradient_BTD = torch.zeros_like(hidden_BTD)
+        rows = max(1, LOGITS // int(self._ends.config.vocab_size))
+        pieces, nats = [], 0.0
+        for start in range(0, len(hidden_ND), rows):
+            piece_ND = hidden_ND[start : start + rows].requires_grad_()
+            # Each row is a sequence of its own here: no attention mask of N by N comes to be.
+            logits_NV = self._ends(inputs_embeds=piece_ND[:, None], use_cache=False).logits[:, 0].float()
+            loss = F.cross_entropy(logits_NV, labels_N[start : start + rows], reduction="sum")
+            (piece_gradient_ND,) = torch.autograd.grad(loss, piece_ND)
+            pieces.append(piece_gradient_ND)
+            nats += float(loss.detach())
+        gradient_BTD[:, :-1] = torch.cat(pieces).view(*hidden_BTD[:, :-1].shape)
+        if nats != nats or nats in (float("inf"), float("-inf")):
+            raise NumericalError(
+                "loss is not finite", where="calibrate", hint="look for damaged weights, or use precision=fp32"
+            )
+        return nats, gradient_BTD
+
+    def _settle(self, model: Any, loading: Loading) -> Any:
+        if loading.problems:
+            raise InputError(f"stock class does not load it: {loading.problems[0]}", where=str(self.checkpoint.folder))
+        model.requires_grad_(False)
+        for parameter in model.parameters():  # parameters only: rotary tables stay in float32, as in a stock load
+            parameter.data = parameter.data.to(self.dtype)
+        return model.to(self.device)
+
+
+def _open_door(base: Any) -> None:
+    if hasattr(base, "embedding_multiplier"):
+        base.embedding_multiplier = 1.0

@@ -1,0 +1,265 @@
+"""The passes over the text: which layers, forward or backward, in which order, and how a stopped one goes on.
+
+With all layers in memory there is one pass (and a short one before it where text is clustered). With a window of w
+layers, forward statistics take one pass per window, hidden states waiting on disk in between. The gradient needs the
+end of the model first: all windows but the last go forward and leave their input on disk, then, from the last to the
+first, each window goes forward again, this time with its graph, takes the gradient that the window above it left on
+disk, and leaves its own. That is one forward pass more than without windows, and L/w hidden states of the whole text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from prismoe.calibrate.clusters import cluster_sequences
+from prismoe.calibrate.parts import Parts
+from prismoe.calibrate.settings import CalibrateConfig
+from prismoe.calibrate.states import States, read_progress, write_progress
+from prismoe.calibrate.text import Text
+from prismoe.calibrate.watch import Batch, Watch
+from prismoe.checkpoint import Checkpoint
+from prismoe.progress import Progress
+from prismoe.stats import layer_file
+
+__all__ = ["EMBEDDED_TOKENS", "Pass", "Sweep", "passes"]
+
+EMBEDDED_TOKENS = 256  # of a sequence, for its mean hidden state: encoders of sentences look no further either
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All text through layers `first` to `stop` - 1."""
+
+    kind: Literal["embed", "forward", "stats"]
+    first: int
+    stop: int
+    gradient: bool = False
+
+    def __str__(self) -> str:
+        verb = {"embed": "embed", "forward": "forward", "stats": "backward" if self.gradient else "measure"}[self.kind]
+        return f"{verb} layers {self.first}-{self.stop - 1}"
+
+
+def passes(config: CalibrateConfig, num_layers: int) -> tuple[Pass, ...]:
+    """The passes of a calibration, in order."""
+    width = config.layers_at_once or num_layers
+    windows = [(first, min(first + width, num_layers)) for first in range(0, num_layers, width)]
+    found = []
+    if isinstance(config.clusters, int) and config.clusters > 1:
+        middle = -(-num_layers // 2)
+        found += [Pass("embed", first, min(stop, middle)) for first, stop in windows if first < middle]
+    if not config.gradient:
+        return (*found, *(Pass("stats", *window) for window in windows))
+    found += [Pass("forward", *window) for window in windows[:-1]]
+    return (*found, *(Pass("stats", *window, gradient=True) for window in reversed(windows)))
+
+
+class Sweep:
+    """One calibration on its way. `run` does what is left of it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, text: Text, config: CalibrateConfig, *, out: Path, on_progress: Progress
+    ) -> None:
+        self.text, self.config, self.out, self.on_progress = text, config, out, on_progress
+        self.dense = checkpoint.family
+        self.scratch = out / "scratch"
+        self.scratch.mkdir(exist_ok=True)
+        self.device = torch.device(config.device)
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.parts = Parts(checkpoint, dtype=self.dtype, device=self.device)
+        self.passes = passes(config, self.dense.num_layers)
+        self.nats = 0.0
+        self.labels_N = (
+            text.domain_ids.astype(np.int32) if config.clusters == "domains" else np.zeros(len(text), np.int32)
+        )
+        self.num_clusters = len(text.domains) if config.clusters == "domains" else int(config.clusters)
+        self._saved = time.monotonic()
+        self._saving = 0.0
+
+    @property
+    def cluster_tokens(self) -> npt.NDArray[np.int64]:
+        """[C] tokens that have a next one to predict."""
+        return np.bincount(self.labels_N, minlength=self.num_clusters) * (self.text.seq_len - 1)
+
+    def run(self) -> None:
+        """Go through the passes that are left; the layer files are in `out` afterwards."""
+        step, arrays = read_progress(self._progress_file)
+        start = int(step.get("pass", 0))
+        if step:
+            self.labels_N, self.nats = arrays.pop("labels"), float(step["nats"])
+        for index in range(start, len(self.passes)):
+            resumed = index == start and bool(step)
+            self._run_pass(index, int(step["batches"]) if resumed else 0, arrays if resumed else {})
+
+    def _run_pass(self, index: int, done: int, sums: dict[str, Array]) -> None:
+        step = self.passes[index]
+        bases = self.parts.layers(step.first, step.stop)
+        watches = self._watches(step, sums, resumed=done > 0)
+        files = self._files(step, resumed=done > 0)
+        handles = [
+            handle for watch, base in zip(watches, bases, strict=False) for handle in watch.attach(base.layers[0].mlp)
+        ]
+        batches = list(self._batches())
+        try:
+            for number in range(done, len(batches)):
+                first, stop = batches[number]
+                for watch in watches:
+                    watch.batch = self._batch(first, stop)
+                (self._backward if step.gradient else self._forward)(step, bases, files, first, stop)
+                self.on_progress(
+                    f"calibrate batches: {step}", index * len(batches) + number + 1, len(self.passes) * len(batches)
+                )
+                if number + 1 < len(batches) and time.monotonic() - self._saved >= max(
+                    self.config.save_seconds, 20 * self._saving
+                ):
+                    self._save(index, number + 1, watches, files)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._finish(index, watches, files)
+
+    def _forward(self, step: Pass, bases: list[Any], files: dict[str, States], first: int, stop: int) -> None:
+        with torch.no_grad():
+            hidden_BTD = self.parts.run(bases, self._entering(step, files, first, stop))
+        if "hidden out" in files:
+            files["hidden out"].write(first, hidden_BTD)
+        if "vectors" in files:
+            # The first token of a window draws attention whatever it says; its state is far from all others.
+            mean_BD = hidden_BTD[:, 1:].float().mean(dim=1, keepdim=True)
+            files["vectors"].write(first, mean_BD)
+
+    def _backward(self, step: Pass, bases: list[Any], files: dict[str, States], first: int, stop: int) -> None:
+        entering_BTD = self._entering(step, files, first, stop)
+        entering_BTD.requires_grad_(step.first > 0)
+        hidden_BTD = self.parts.run(bases, entering_BTD)
+        if "gradient in" in files:
+            gradient_BTD = files["gradient in"].read(first, stop, device=self.device)
+        else:
+            nats, gradient_BTD = self.parts.loss(hidden_BTD, torch.from_numpy(self.text.ids(first, stop)))
+            self.nats += nats
+        hidden_BTD.backward(gradient_BTD)  # type: ignore[no-untyped-call]
+        if "gradient out" in files:
+            assert entering_BTD.grad is not None
+            files["gradient out"].write(first, entering_BTD.grad)
+
+    def _entering(self, step: Pass, files: dict[str, States], first: int, stop: int) -> torch.Tensor:
+        if step.first:
+            return files["hidden in"].read(first, stop, device=self.device)
+        ids_BT = self.text.ids(first, stop)
+        return self.parts.embed(torch.from_numpy(ids_BT[:, :EMBEDDED_TOKENS] if step.kind == "embed" else ids_BT))
+
+    def _files(self, step: Pass, *, resumed: bool) -> dict[str, States]:
+        """Scratch files of a pass: what it reads and what it leaves."""
+        last = self.dense.num_layers
+        if step.kind == "embed":
+            names = {"hidden in": f"embed-{step.first}"} if step.first else {}
+            ends = self.passes[self.passes.index(step) + 1].kind != "embed"
+            names |= {"vectors": "vectors"} if ends else {"hidden out": f"embed-{step.stop}"}
+            return self._open(names, resumed=resumed)
+        names = {"hidden in": f"hidden-{step.first}"} if step.first else {}
+        if step.gradient:
+            names |= {"gradient in": f"gradient-{step.stop}"} if step.stop < last else {}
+            names |= {"gradient out": f"gradient-{step.first}"} if step.first else {}
+        elif step.stop < last:
+            names["hidden out"] = f"hidden-{step.stop}"
+        return self._open(names, resumed=resumed)
+
+    def _open(self, names: dict[str, str], *, resumed: bool) -> dict[str, States]:
+        def shape(name: str) -> tuple[int, int, int]:
+            length = min(EMBEDDED_TOKENS, self.text.seq_len) if name.startswith("embed") else self.text.seq_len
+            return len(self.text), 1 if name == "vectors" else length, self.dense.hidden_size
+
+        return {
+            role: States(
+                self.scratch / f"{name}.bin",
+                shape=shape(name),
+                dtype=torch.float32 if name == "vectors" else self.dtype,
+                made=resumed or role.endswith(" in"),
+            )
+            for role, name in names.items()
+        }
+
+    def _watches(self, step: Pass, sums: dict[str, Array], *, resumed: bool) -> list[Watch]:
+        if step.kind != "stats":
+            return []
+        watches = [
+            Watch(
+                layer,
+                num_neurons=self.dense.intermediate_size,
+                hidden_size=self.dense.hidden_size,
+                num_clusters=self.num_clusters,
+                num_samples=len(self.text.samples),
+                config=self.config,
+                scratch=self.scratch,
+                resumed=resumed,
+            )
+            for layer in range(step.first, step.stop)
+        ]
+        for watch in watches:
+            watch.sums |= {
+                name: sums[f"{watch.layer}.{name}"] for name in watch.sums if f"{watch.layer}.{name}" in sums
+            }
+        return watches
+
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        size = self.config.batch_size
+        for first in range(0, len(self.text), size):
+            yield first, min(first + size, len(self.text))
+
+    def _batch(self, first: int, stop: int) -> Batch:
+        length = self.text.seq_len
+        low, high = np.searchsorted(self.text.samples, (first * length, stop * length)).tolist()
+        return Batch(
+            clusters=self.labels_N[first:stop],
+            rows=self.text.samples[low:high] - first * length,
+            slots=slice(low, high),
+        )
+
+    @property
+    def _progress_file(self) -> Path:
+        return self.scratch / "progress.safetensors"
+
+    def _save(self, index: int, batches: int, watches: list[Watch], files: dict[str, States]) -> None:
+        started = time.monotonic()
+        for watch in watches:
+            watch.check()
+            watch.flush()
+        for states in files.values():
+            states.flush()
+        arrays = {f"{watch.layer}.{name}": value for watch in watches for name, value in watch.sums.items()}
+        write_progress(
+            self._progress_file,
+            step={"pass": index, "batches": batches, "nats": self.nats},
+            arrays={"labels": self.labels_N, **arrays},
+        )
+        self._saved = time.monotonic()
+        self._saving = self._saved - started
+
+    def _finish(self, index: int, watches: list[Watch], files: dict[str, States]) -> None:
+        """Leave the results of a pass, then the record that it is over, then delete what nobody needs any more."""
+        if "vectors" in files:
+            vectors_ND = files["vectors"].read(0, len(self.text), device=torch.device("cpu"))[:, 0].numpy()
+            self.labels_N = cluster_sequences(vectors_ND, num_clusters=self.num_clusters, seed=self.config.seed)
+        for watch in watches:
+            stats = watch.finish(
+                num_tokens=self.text.num_tokens,
+                cluster_tokens=self.cluster_tokens,
+                sample_clusters=self.labels_N[self.text.samples // self.text.seq_len],
+            )
+            stats.save(self.out / layer_file(watch.layer))
+        self._save(index + 1, 0, [], {role: states for role, states in files.items() if role.endswith(" out")})
+        for watch in watches:
+            watch.remove()
+        for role, states in files.items():
+            # What a forward pass has read, the backward pass of the same window reads again.
+            if not role.endswith(" out") and self.passes[index].kind != "forward":
+                states.remove()
