@@ -124,8 +124,8 @@ def _doctor(job: Job) -> dict[str, Any]:
 def _demo(job: Job) -> dict[str, Any]:
     from prismoe.demo import demo
 
-    receipt: dict[str, Any] = demo(job)
-    return receipt
+    out = job.flags.out or "runs/demo"
+    return demo(job.screen, out=out, overrides=job.overrides, dry_run=job.flags.dry_run, force=job.flags.force)
 
 
 @dataclass(frozen=True)
