@@ -275,15 +275,11 @@ def _estimate(job: _Job, encoder: DocumentTokenizer) -> PreparedDomain:
     """Read the first document of every file, tokenise a sample of each split's first file, and extrapolate."""
     splits: dict[Split, SplitCounts] = {}
     for split, paths in job.files.items():
-        sample: list[Document] = []
         for path in paths[1:]:
             next(read_documents(path, field=job.field))
-        for document in read_documents(paths[0], field=job.field) if paths else ():
-            sample.append(document)
-            if sum(part.num_bytes for part in sample) >= _SAMPLE_BYTES:
-                break
+        sample, position = _sample(paths[0], job.field) if paths else ([], 1)
         encoded = _encode(sample, encoder)
-        grow = sum(path.stat().st_size for path in paths) / max(sample[-1].position if sample else 1, 1)
+        grow = sum(path.stat().st_size for path in paths) / position
         splits[split] = SplitCounts(
             num_tokens=round(grow * sum(len(ids) for ids, _ in encoded)),
             num_documents=round(grow * len(sample)),
@@ -291,6 +287,19 @@ def _estimate(job: _Job, encoder: DocumentTokenizer) -> PreparedDomain:
             num_unknown=0,
         )
     return PreparedDomain(job.name, str(job.folder), "planned", splits, 0)
+
+
+def _sample(path: Path, field: str) -> tuple[list[Document], int]:
+    """Documents from the beginning of a file, and how many of its bytes hold them."""
+    sample: list[Document] = []
+    size = 0
+    for document in read_documents(path, field=field):
+        # Positions move in blocks: only where one begins do they say what the documents before it took.
+        if size >= _SAMPLE_BYTES and document.position != sample[-1].position:
+            return sample, sample[-1].position
+        sample.append(document)
+        size += document.num_bytes
+    return sample, path.stat().st_size
 
 
 def _check_disk(out: Path, planned: Any, itemsize: int) -> None:

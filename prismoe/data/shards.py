@@ -200,5 +200,5 @@ def heldout_windows(
         seq_len=seq_len,
         start_token=start_token,
         spans=spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")],
-        _tokens=tokens,
+        _tokens=tokens.view(np.ndarray),
     )

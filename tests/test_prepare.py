@@ -1,0 +1,452 @@
+"""prepare: every document's ids and nothing else on disk, whole or not at all; bad text is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prismoe.data import reader
+from prismoe.data.mixture import Mixture
+from prismoe.data.prepare import DomainSource, Prepared, prepare
+from prismoe.data.reader import read_documents
+from prismoe.data.shards import Domain, heldout_windows
+from prismoe.errors import InputError, PrismoeError, ResourceError, UsageError
+from prismoe.folder import Manifest
+from tests.tiny import tiny_tokenizer
+
+FEW = settings(max_examples=25, deadline=None, database=None)
+TEXTS = ["Once upon a time", "def add(first, second):\n    return first", "näïve \U0001f600 </s> end", "x"]
+DOMAINS = ("arxiv", "books", "c4", "commoncrawl", "github", "stackexchange", "tinystories", "wikipedia")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def jsonl(path: Path, texts: list[str], *, field: str = "content") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def one(tmp_path: Path, tokenizer: Path, train: Path, heldout: Path | None = None, **more: Any) -> Prepared:
+    heldout = heldout or jsonl(tmp_path / "heldout.jsonl", TEXTS)
+    source = DomainSource((str(train),), (str(heldout),), field=more.pop("field", "auto"))
+    return prepare({"d": source}, tokenizer=tokenizer, out=tmp_path / "out", **more)
+
+
+def reference_ids(tokenizer: Path, texts: list[str]) -> list[int]:
+    """What stock transformers gives, told to keep marks of special tokens as text, with `</s>` after each document."""
+    from transformers import AutoTokenizer
+
+    stock = AutoTokenizer.from_pretrained(str(tokenizer))
+    return [i for text in texts for i in (*stock(text, split_special_tokens=True)["input_ids"], 2)]
+
+
+@given(texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=0, max_size=40), min_size=1, max_size=8))
+@FEW
+def test_no_token_is_lost(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, texts: list[str]) -> None:
+    texts = [*texts, "one more"]
+    folder = tmp_path_factory.mktemp("p")
+    receipt = one(folder, tokenizer, jsonl(folder / "train.jsonl", texts))
+    domain, kept = Domain.open(folder / "out" / "d"), [text for text in texts if text]
+    assert domain.tokens().tolist() == reference_ids(tokenizer, kept)
+    assert domain.num_documents == len(kept)
+    assert receipt.domains[0].num_empty == texts.count("")
+    assert domain.num_bytes == sum(len(text.encode()) for text in kept)
+    ends = domain.ends()
+    assert [len(part) for part in np.split(domain.tokens(), ends[:-1, 0])] == [
+        len(reference_ids(tokenizer, [text])) for text in kept
+    ]
+    assert np.diff(ends[:, 1], prepend=0).tolist() == [len(text.encode()) for text in kept]
+    assert receipt.domains[0].splits["train"].num_unknown == domain.tokens().tolist().count(0)
+
+
+def test_every_format_reads_alike(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
+    two_frames = zstandard.compress(lines[:50]) + zstandard.compress(lines[50:])
+    files = {
+        "a.jsonl": lines,
+        "b.jsonl": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n").rstrip(b"\r\n"),  # BOM, CRLF, no last newline
+        "c.jsonl": b"\n \n" + lines.replace(b"\n", b"\n\n"),
+        "d.jsonl.zst": two_frames,
+        "e.jsonl.gz": gzip.compress(lines[:60]) + gzip.compress(lines[60:]),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        found = list(read_documents(tmp_path / name))
+        assert [document.text for document in found] == TEXTS, name
+        assert [document.num_bytes for document in found] == [len(text.encode()) for text in TEXTS]
+        assert found[-1].position == len(data)
+    assert found[2].where == f"{tmp_path}/e.jsonl.gz:3"
+    (tmp_path / "f.txt").write_text("\ufeffa whole\nfile", encoding="utf-8")
+    assert [document.text for document in read_documents(tmp_path / "f.txt")] == ["a whole\nfile"]
+
+
+def test_line_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = jsonl(tmp_path / "a.jsonl", TEXTS * 3)
+    for size in (1, 2, 7, 64):
+        monkeypatch.setattr(reader, "_READ", size)
+        assert [document.text for document in read_documents(path)] == TEXTS * 3
+
+
+def test_heldout_by_hash_puts_copies_on_one_side(tmp_path: Path, tokenizer: Path) -> None:
+    texts = ["".join("aeio"[i // 4**digit % 4] for digit in range(5)) for i in range(400)]
+    for name, order in (("a", texts + texts[:100]), ("b", texts[::-1])):
+        source = {"d": DomainSource((str(jsonl(tmp_path / name / "x.jsonl", order, field="text")),))}
+        prepare(source, tokenizer=tokenizer, out=tmp_path / name, heldout_fraction=0.2)
+    first, second = (Domain.open(tmp_path / name / "d") for name in "ab")
+
+    def documents(domain: Domain, split: Any) -> list[tuple[int, ...]]:
+        return [tuple(part.tolist()) for part in np.split(domain.tokens(split), domain.ends(split)[:-1, 0])]
+
+    assert set(documents(first, "heldout")) == set(documents(second, "heldout"))
+    assert not set(documents(first, "heldout")) & set(documents(first, "train"))
+    assert 40 < len(set(documents(first, "heldout"))) < 120  # 80 expected; six standard deviations
+
+
+def test_dtype_follows_the_vocabulary(tmp_path: Path, tokenizer: Path) -> None:
+    for vocab_size, dtype in ((128, "uint16"), (65_536, "uint16"), (65_537, "uint32")):
+        folder = shutil.copytree(tokenizer, tmp_path / f"t{vocab_size}")
+        (folder / "config.json").write_text(json.dumps({"vocab_size": vocab_size, "eos_token_id": 2}))
+        receipt = one(tmp_path, folder, jsonl(tmp_path / "a.jsonl", TEXTS), force=True)
+        assert receipt.dtype == dtype
+        tokens = Domain.open(tmp_path / "out" / "d").tokens()
+        assert (tokens.dtype, tokens.tolist()) == (np.dtype(dtype), reference_ids(tokenizer, TEXTS))
+
+
+def test_start_token_follows_the_template(tmp_path: Path, tokenizer: Path) -> None:
+    from tokenizers import Tokenizer, processors
+
+    folder = shutil.copytree(tokenizer, tmp_path / "t")
+    changed = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    changed.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    changed.save(str(folder / "tokenizer.json"))
+    train = jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert one(tmp_path, folder, train).start_token == 1
+    assert Domain.open(tmp_path / "out" / "d").tokens().tolist() == reference_ids(folder, TEXTS)
+    assert one(tmp_path, folder, train, add_special_tokens=False, force=True).start_token is None
+    assert Domain.open(tmp_path / "out" / "d").tokens().tolist() == reference_ids(tokenizer, TEXTS)
+
+
+def test_finished_domains_are_kept_and_others_made(tmp_path: Path, tokenizer: Path) -> None:
+    sources = {}
+    for name in "ab":
+        train = jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS])
+        held = jsonl(tmp_path / f"{name}-held.jsonl", TEXTS)
+        sources[name] = DomainSource((str(train),), (str(held),))
+
+    def run(**more: Any) -> list[str]:
+        receipt = prepare(sources, tokenizer=tokenizer, out=tmp_path / "out", **more)
+        json.dumps(receipt.to_dict(), allow_nan=False)
+        return [row.status for row in receipt.domains]
+
+    assert run(dry_run=True) == ["planned", "planned"]
+    assert not (tmp_path / "out").exists()
+    assert run() == ["made", "made"]
+    assert sorted(path.name for path in (tmp_path / "out" / "a").iterdir()) == [
+        "heldout.ends", "heldout.tokens", "manifest.json", "prismoe.json", "train.ends", "train.tokens",
+    ]  # fmt: skip
+    manifest = Manifest.read(tmp_path / "out" / "a")
+    assert manifest is not None
+    manifest.check(tmp_path / "out" / "a")
+    assert str(tmp_path) not in (tmp_path / "out" / "a" / "manifest.json").read_text()  # paths are nobody's business
+    assert run() == ["kept", "kept"]
+    (tmp_path / "out" / "b" / "manifest.json").unlink()  # what an interruption leaves
+    (tmp_path / "out" / "b" / ".train.tokens.7.partial").write_bytes(b"half")
+    before = (tmp_path / "out" / "b" / "train.tokens").read_bytes()
+    assert run() == ["kept", "made"]
+    assert (tmp_path / "out" / "b" / "train.tokens").read_bytes() == before
+    assert not list((tmp_path / "out" / "b").glob(".*"))
+    jsonl(tmp_path / "a.jsonl", ["other text"])
+    with pytest.raises(ResourceError, match="out/a: output folder holds a different job"):
+        run()
+    assert run(force=True) == ["made", "made"]
+    assert Domain.open(tmp_path / "out" / "a").num_documents == 1
+
+
+def test_estimate_of_a_dry_run_is_near(tmp_path: Path, tokenizer: Path) -> None:
+    train = jsonl(tmp_path / "a.jsonl", TEXTS * 4000)  # larger than the sample
+    planned = one(tmp_path, tokenizer, train, dry_run=True).domains[0].splits["train"]
+    made = one(tmp_path, tokenizer, train).domains[0].splits["train"]
+    assert planned.num_tokens == pytest.approx(made.num_tokens, rel=0.05)
+    assert planned.num_bytes == pytest.approx(made.num_bytes, rel=0.05)
+    assert planned.num_documents == pytest.approx(made.num_documents, rel=0.05)
+
+
+def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
+    """SIGKILL at each rename and fsync of the two domains in turn, then the plain command."""
+    for name in "ab":
+        jsonl(tmp_path / f"{name}.jsonl", [f"{name} {text}" for text in TEXTS])
+        jsonl(tmp_path / f"{name}-held.jsonl", TEXTS)
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import os, pathlib, signal, sys\n"
+        "from prismoe.data.prepare import DomainSource, prepare\n"
+        "out, left = sys.argv[1], int(sys.argv[2])\n"
+        "def counted(call):\n"
+        "    def wrapped(*args):\n"
+        "        global left\n"
+        "        left -= 1\n"
+        "        if left == 0:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return call(*args)\n"
+        "    return wrapped\n"
+        "os.fsync, pathlib.Path.rename = counted(os.fsync), counted(pathlib.Path.rename)\n"
+        f"root = {str(tmp_path)!r}\n"
+        "sources = {n: DomainSource((f'{root}/{n}.jsonl',), (f'{root}/{n}-held.jsonl',)) for n in 'ab'}\n"
+        f"prepare(sources, tokenizer={str(tokenizer)!r}, out=out)\n"
+        "print(-left)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+
+    def run(out: Path, count: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(driver), str(out), str(count)], env=environment, capture_output=True, text=True
+        )
+
+    def content(out: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("[a-z]*") if path.is_file()}
+
+    whole = run(tmp_path / "whole", 0)
+    points = int(whole.stdout)
+    assert points > 30, whole.stderr
+    for count in range(1, points + 1, 5):
+        out = tmp_path / f"killed{count}"
+        assert run(out, count).returncode == -signal.SIGKILL
+        finished = run(out, 0)
+        assert finished.returncode == 0, finished.stderr
+        assert content(out) == content(tmp_path / "whole")
+
+
+BAD_LINES: list[tuple[bytes, str]] = [
+    (
+        b'{"content": "a"}\n{"content": "\xff"}\n',
+        "a.jsonl:2: not UTF-8 (byte 0xff at offset 13) (hint: convert with iconv)",
+    ),
+    (b'{"content": "a"\n', "a.jsonl:1: invalid JSON (Expecting ',' delimiter at column 16)"),
+    (b'["a"]\n', "a.jsonl:1: a JSON list; needed one JSON object a line"),
+    (
+        b'{"body": "a", "id": 1}\n',
+        "a.jsonl:1: no field content or text (fields: body, id) (hint: name the field that holds the text)",
+    ),
+    (b'{"content": null}\n', "a.jsonl:1: field content is a NoneType; needed a string"),
+    (b'{"content": "\\ud800"}\n', "a.jsonl:1: half of a surrogate pair, which is no character"),
+    (b"[" * 100_000, "a.jsonl:1: JSON that cannot be read (RecursionError)"),
+    (b"", "a.jsonl: no documents in it"),
+    (b"\n\n", "a.jsonl: no documents in it"),
+    (
+        b'{"content": ""}\n',
+        "domain d: no training document with text "
+        "(hint: give it more text, held-out files or another heldout_fraction)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_bad_text(tmp_path: Path, tokenizer: Path, data: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        one(tmp_path, tokenizer, tmp_path / "a.jsonl")
+    assert str(caught.value).removeprefix(f"{tmp_path}/") == message
+    assert caught.value.exit_code == 3
+    assert not list((tmp_path / "out").rglob("*.tokens"))
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_bad_text_far_in_a_file_leaves_no_shard(tmp_path: Path, tokenizer: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ["some words " * 50] * 4000)
+    with path.open("ab") as file:
+        file.write(b"{]\n")
+    with pytest.raises(InputError, match=r"a\.jsonl:4001: invalid JSON"):
+        one(tmp_path, tokenizer, path)
+    assert [path.name for path in (tmp_path / "out" / "d").iterdir()] == ["prismoe.json"]
+
+
+def test_damaged_and_hostile_compression(tmp_path: Path) -> None:
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(20_000))
+    bomb = (b'{"text": "' + b"a" * 1000 + b'"}\n') * 70_000
+    cases = {
+        "cut.jsonl.zst": (zstandard.compress(lines)[:-100], "compressed file ends in the middle"),
+        "cut.jsonl.gz": (gzip.compress(lines)[:-100], "compressed file ends in the middle"),
+        "noise.jsonl.zst": (b"\x28\xb5\x2f\xfd" + os.urandom(100), "damaged compressed file"),
+        "noise.jsonl.gz": (b"not gzip at all", "damaged compressed file"),
+        "bomb.jsonl.zst": (zstandard.compress(bomb), "expands more than 200-fold"),
+        "bomb.jsonl.gz": (gzip.compress(bomb), "expands more than 200-fold"),
+        "line.jsonl": (b'{"text": ""}\n' + b"a" * (65 << 20), ":2: a document over 64 MiB"),
+        "line.txt": (b"a" * (65 << 20), "a document over 64 MiB"),
+    }
+    for name, (data, message) in cases.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(InputError) as caught:
+            for _ in read_documents(path):
+                pass
+        assert message in str(caught.value), name
+        assert str(caught.value).startswith(str(path))
+
+
+def test_bad_sources(tmp_path: Path, tokenizer: Path) -> None:
+    good = str(jsonl(tmp_path / "good.jsonl", TEXTS))
+    (tmp_path / "x.csv").write_text("a,b")
+
+    def fails(sources: dict[str, DomainSource], kind: type[PrismoeError], message: str, **more: Any) -> None:
+        with pytest.raises(kind) as caught:
+            prepare(sources, tokenizer=tokenizer, out=tmp_path / "out", **more)
+        assert str(caught.value) == message
+        assert not (tmp_path / "out").exists()
+
+    fails({}, UsageError, "no domains to prepare")
+    fails({"d": DomainSource(())}, UsageError, "domain d: no training text named")
+    fails(
+        {"../d": DomainSource((good,))},
+        UsageError,
+        "'../d' as a domain's name; needed letters, digits, _ . - (it names a folder)",
+    )
+    fails({"d": DomainSource((f"{tmp_path}/no*.jsonl",))}, InputError, f"domain d: no file {tmp_path}/no*.jsonl")
+    fails(
+        {"d": DomainSource((str(tmp_path),))},
+        InputError,
+        f"domain d: {tmp_path} is a folder (hint: name its files, for instance {tmp_path}/*.jsonl)",
+    )
+    fails(
+        {"d": DomainSource((f"{tmp_path}/x.csv",))},
+        InputError,
+        f"{tmp_path}/x.csv: not a kind of file that is read; needed .jsonl .jsonl.zst .jsonl.gz .txt",
+    )
+    fails(
+        {"d": DomainSource((good,), (good,))},
+        UsageError,
+        f"domain d: {good} is named twice (hint: held-out text must not be trained on)",
+    )
+    fails(
+        {"d": DomainSource((good,))},
+        UsageError,
+        "heldout_fraction: 1.5; needed a fraction between 0 and 1",
+        heldout_fraction=1.5,
+    )
+
+
+def test_bad_tokenizers(tmp_path: Path, tokenizer: Path) -> None:
+    train = jsonl(tmp_path / "a.jsonl", TEXTS)
+
+    def fails(folder: Path, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            one(tmp_path, folder, train)
+
+    fails(tmp_path / "nowhere", r"nowhere: no tokenizer\.json")
+    folder = shutil.copytree(tokenizer, tmp_path / "t")
+    (folder / "config.json").write_text('{"vocab_size": 30}')
+    fails(folder, r"a\.jsonl:1: token id \d+ for a vocabulary of 30")
+    (folder / "tokenizer_config.json").unlink()
+    fails(folder, r"tokenizer\.json: no end token that the tokenizer knows; needed eos_token in tokenizer_config")
+    (folder / "config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert one(tmp_path, folder, train).end_token == 2
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    fails(folder, "not a readable fast tokenizer")
+
+
+def test_disk_too_small(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = jsonl(tmp_path / "a.jsonl", TEXTS * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ResourceError, match=r"0\.00 GB free; needed about 0\.00 GB for the token shards"):
+        one(tmp_path, tokenizer, train)
+    assert not (tmp_path / "out").exists()
+
+
+def test_opening_a_domain(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(InputError, match="not a prepared domain"):
+        Domain.open(tmp_path)
+    one(tmp_path, tokenizer, jsonl(tmp_path / "a.jsonl", TEXTS))
+    folder = tmp_path / "out" / "d"
+    with (folder / "train.tokens").open("ab") as file:
+        file.write(b"\0\0")
+    size = (folder / "train.tokens").stat().st_size
+    with pytest.raises(InputError, match=rf"train\.tokens: {size} bytes; needed {size - 2} \(manifest\.json\)"):
+        Domain.open(folder)
+    (folder / "train.tokens").unlink()
+    with pytest.raises(InputError, match=r"train\.tokens: missing"):
+        Domain.open(folder)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=10),
+    seq_len=st.integers(2, 20),
+    max_tokens=st.one_of(st.none(), st.integers(1, 200)),
+)
+@FEW
+def test_heldout_windows_score_every_token_of_text_once(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, lengths: list[int], seq_len: int, max_tokens: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("h")
+    texts = ["ab " * length for length in lengths]
+    heldout = jsonl(folder / "held.jsonl", texts)
+    one(folder, tokenizer, jsonl(folder / "train.jsonl", TEXTS), heldout)
+    domain = Domain.open(folder / "out" / "d")
+    documents = [part[:-1].tolist() for part in np.split(domain.tokens("heldout"), domain.ends("heldout")[:-1, 0])]
+    if max_tokens is not None:
+        fitting = int((domain.ends("heldout")[:, 0] <= max_tokens).sum())
+        documents = documents[: max(1, fitting)]
+    windows = heldout_windows(domain, seq_len=seq_len, max_tokens=max_tokens)
+    pieces = [d[i : i + seq_len - 1] for d in documents for i in range(0, len(d), seq_len - 1)]
+    found = list(windows)
+    assert len(found) == len(windows) == len(pieces)
+    assert sorted(ids[1:].tolist() for ids, _ in found) == sorted(pieces)
+    assert {int(ids[0]) for ids, _ in found} == {2}  # no start token in this template: the end of the document before
+    assert all(labels.tolist() == [-100, *ids[1:].tolist()] for ids, labels in found)
+    assert [len(ids) for ids, _ in found] == sorted((len(ids) for ids, _ in found), reverse=True)
+    assert windows.num_tokens == sum(map(len, documents))
+    assert (windows.num_documents, windows.num_bytes) == (len(documents), sum(3 * n for n in lengths[: len(documents)]))
+
+
+@pytest.mark.parametrize("model", ["stories260K", "babyllama105", "parent-4m"])
+def test_real_domains_with_real_tokenizers(shared: Path, tmp_path: Path, model: str) -> None:
+    """Some text of all eight domains: ids equal stock transformers', and a mixture of them keeps its weights."""
+    folder, counted = shared / "models" / model, 0
+    for name in DOMAINS:
+        file = shared / "corpora" / name / "heldout.jsonl.zst"
+        texts = [document.text for document in islice(read_documents(file), 9)]
+        held = jsonl(tmp_path / name / "held.jsonl", texts[:1])
+        train = jsonl(tmp_path / name / "train.jsonl", texts[1:])
+        source = {name: DomainSource((str(train),), (str(held),))}
+        prepare(source, tokenizer=folder, out=tmp_path / "out")
+        domain = Domain.open(tmp_path / "out" / name)
+        assert domain.tokens().tolist() == reference_ids(folder, texts[1:])
+        counted += domain.num_tokens
+    assert counted > 100_000
+    domains = [Domain.open(tmp_path / "out" / name) for name in DOMAINS]
+    mix = Mixture(domains, weights="proportional", seq_len=64, batch_size=50, max_epochs=9)
+    batches = [mix.batch(step) for step in range(20)]
+    achieved = np.bincount(np.concatenate([batch.domain_ids for batch in batches])) / 1000
+    for name, share in zip(mix.names, achieved, strict=True):
+        assert share == pytest.approx(mix.weights(0)[name], abs=0.01)
+    row, tokens = batches[0].input_ids[7], mix.domains[batches[0].domain_ids[7]].tokens()
+    assert row.tolist() in np.lib.stride_tricks.sliding_window_view(tokens, 64)[::64].tolist()
+
+
+def test_counts_of_a_real_domain_match_its_description(shared: Path, tmp_path: Path) -> None:
+    """Documents and bytes of TinyStories as the data's own README gives them."""
+    folder = shared / "corpora" / "tinystories"
+    source = DomainSource((f"{folder}/train-*.jsonl.zst",), (f"{folder}/heldout.jsonl.zst",))
+    receipt = prepare({"tinystories": source}, tokenizer=shared / "models" / "stories260K", out=tmp_path)
+    train, heldout = (receipt.domains[0].splits[split] for split in ("train", "heldout"))
+    assert (train.num_documents, train.num_bytes) == (2316, 2_070_151)
+    assert (heldout.num_documents, heldout.num_bytes) == (960, 790_792)
+    assert train.num_unknown == heldout.num_unknown == 0  # this tokenizer falls back to bytes
