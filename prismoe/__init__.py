@@ -1,1 +1,110 @@
-"""prismoe turns a dense decoder checkpoint into a Mixture-of-Experts model in a standard architecture."""
+"""prismoe turns a dense decoder checkpoint into a Mixture-of-Experts model in a standard architecture.
+
+    plan = make_plan(source, num_experts=8, top_k=2)
+    convert(source, plan, target="mixtral", out="moe")
+    verify("moe", source=source)
+
+Names are loaded when they are first used: `import prismoe` costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prismoe.account import Account, account
+    from prismoe.checkpoint import FFN, Checkpoint
+    from prismoe.config import Config, load_config
+    from prismoe.convert import Conversion, convert
+    from prismoe.data.mixture import Mixture
+    from prismoe.data.prepare import DomainSource, Prepared, prepare
+    from prismoe.data.shards import Domain
+    from prismoe.errors import InputError, InterruptedRun, NumericalError, PrismoeError, ResourceError, UsageError
+    from prismoe.evaluate import Scores, evaluate
+    from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
+    from prismoe.report import write_report
+    from prismoe.run import Run, run
+    from prismoe.train.pretrain import Trained, pretrain
+    from prismoe.train.settings import PretrainConfig
+    from prismoe.verify import Certificate, verify
+
+__all__ = [
+    "FFN",
+    "Account",
+    "Certificate",
+    "Checkpoint",
+    "Config",
+    "Conversion",
+    "Domain",
+    "DomainSource",
+    "InputError",
+    "InterruptedRun",
+    "LayerPlan",
+    "Mixture",
+    "NumericalError",
+    "Plan",
+    "Prepared",
+    "PretrainConfig",
+    "PrismoeError",
+    "ResourceError",
+    "Run",
+    "Scores",
+    "Trained",
+    "UsageError",
+    "account",
+    "convert",
+    "evaluate",
+    "load_config",
+    "make_plan",
+    "plan_shape",
+    "prepare",
+    "pretrain",
+    "run",
+    "verify",
+    "write_report",
+]
+
+# The same as the imports above, which only type checkers see; a test compares them.
+_HOMES = {
+    "account": ("Account", "account"),
+    "checkpoint": ("FFN", "Checkpoint"),
+    "config": ("Config", "load_config"),
+    "convert": ("Conversion", "convert"),
+    "data.mixture": ("Mixture",),
+    "data.prepare": ("DomainSource", "Prepared", "prepare"),
+    "data.shards": ("Domain",),
+    "errors": ("InputError", "InterruptedRun", "NumericalError", "PrismoeError", "ResourceError", "UsageError"),
+    "evaluate": ("Scores", "evaluate"),
+    "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
+    "report": ("write_report",),
+    "run": ("Run", "run"),
+    "train.pretrain": ("Trained", "pretrain"),
+    "train.settings": ("PretrainConfig",),
+    "verify": ("Certificate", "verify"),
+}
+
+
+class _Package(ModuleType):
+    """`prismoe.convert` is the verb, also after the file of that name was imported (`sys.modules` keeps the file)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return __all__
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
+
+            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

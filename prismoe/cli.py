@@ -124,8 +124,9 @@ def _doctor(job: Job) -> dict[str, Any]:
 def _demo(job: Job) -> dict[str, Any]:
     from prismoe.demo import demo
 
-    out = job.flags.out or "runs/demo"
-    return demo(job.screen, out=out, overrides=job.overrides, dry_run=job.flags.dry_run, force=job.flags.force)
+    out, seed = job.flags.out or "runs/demo", job.flags.seed
+    overrides = job.overrides if seed is None else (*job.overrides, f"seed={seed}")
+    return demo(job.screen, out=out, overrides=overrides, dry_run=job.flags.dry_run, force=job.flags.force)
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismoe.errors import InputError, UsageError
-from prismoe.folder import claim, write_atomic, write_json_atomic
+from prismoe.folder import MARKER, claim, write_atomic, write_json_atomic
 from prismoe.progress import Progress, quiet
 from prismoe.stages import STAGES, Work
+from prismoe.state import CONFIG, STATE, read_state
 
 if TYPE_CHECKING:
     from prismoe.config import Config
 
-__all__ = ["STAGES", "Done", "Run", "read_state", "run"]
-
-STATE, CONFIG = "run.json", "run.yaml"
+__all__ = ["STAGES", "Done", "Run", "run"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def run(
     work = Work(config, dry_run=dry_run, force=force, offline=offline, on_progress=on_progress)
     writes = work.out is not None and not dry_run
     done: list[Done] = []
-    with claim(work.out, kind="run", key="run") if work.out is not None and writes else nullcontext():
+    with _hold(work.out) if work.out is not None and writes else nullcontext():
         state = read_state(work.out) if work.out is not None else {}
         keys = _keys(work)
         if writes:
@@ -119,21 +118,15 @@ def run(
     return Run(out=config.out or "", stages=tuple(done))
 
 
-def read_state(out: Path) -> dict[str, Any]:
-    """What `run.json` of a run folder says of each stage; empty when there is none.
-
-    Raises:
-        InputError: it is there but not ours.
-    """
-    path = out / STATE
-    try:
-        state = json.loads(path.read_bytes())
-        assert all({"key", "settings", "seconds", "receipt"} <= record.keys() for record in state.values())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, AssertionError) as error:
-        raise InputError(f"not a readable run state ({error!r})", where=str(path), hint="remove it") from error
-    return dict(state)
+@contextmanager
+def _hold(out: Path) -> Iterator[None]:
+    """Hold the run folder. What else a person keeps there is left alone: the stages claim their own folders in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}
+    if not (out / MARKER).exists() and not any((out / name).exists() for name in ours):
+        write_json_atomic(out / MARKER, {"kind": "run", "key": "run"})
+    with claim(out, kind="run", key="run"):
+        yield
 
 
 def _wanted(config: Config, name: str) -> bool:

@@ -1,0 +1,184 @@
+"""The report's figures as SVG: narrow, so that letters stay readable on a phone, in colours everyone tells apart."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["balance", "heldout_loss", "load", "norm_ratios", "scores", "training_loss"]
+
+# Okabe and Ito's eight, told apart with every common colour blindness; markers repeat the distinction without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
+MARKERS = "osD^vPX*"
+WIDTH, HEIGHT = 4.8, 3.0  # inches
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "svg.fonttype": "none",  # letters stay letters: selectable, searchable, small
+    "svg.hashsalt": "prismoe",  # equal figures are equal bytes
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+}
+
+
+Draw = TypeVar("Draw", bound=Callable[..., str])
+
+
+def _styled(draw: Draw) -> Draw:
+    """Draw under our style, whatever the machine's matplotlib is set to."""
+
+    @wraps(draw)
+    def styled(*arguments: Any) -> str:
+        import matplotlib as mpl
+
+        with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+            return draw(*arguments)
+
+    return cast(Draw, styled)
+
+
+@_styled
+def training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Language-model loss of every step, and its mean over a window of steps."""
+    import numpy as np
+
+    figure, axes = _figure()
+    x, y = np.array([row["step"] for row in steps]), np.array([row["loss"] for row in steps])
+    window = max(1, len(y) // 25)
+    mean = np.convolve(y, np.ones(window) / window, mode="valid")
+    axes.plot(x, y, color=COLOURS[5], linewidth=0.8, label="a step")
+    axes.plot(
+        x[window - 1 :], mean, color=COLOURS[0], linewidth=1.8, label=f"mean of {window} step{'s' * (window > 1)}"
+    )
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    return _svg(figure)
+
+
+@_styled
+def heldout_loss(evals: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out loss of every domain over the steps of training."""
+    names = list(evals[0]["heldout"])
+    figure, axes = _figure(legend_rows=-(-len(names) // 3))
+    steps = [row["step"] for row in evals]
+    for index, name in enumerate(names):
+        losses = [row["heldout"][name]["loss"] for row in evals]
+        axes.plot(steps, losses, label=name, markersize=4.5, linewidth=1.5, **_look(index))
+    axes.set(xlabel="step", ylabel="held-out loss (nats per token)")
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.12, 1.0), borderaxespad=0.2, columnspacing=1.0)
+    return _svg(figure)
+
+
+@_styled
+def load(evals: Sequence[Mapping[str, Any]]) -> str:
+    """Share of tokens per layer and expert over the mean share, before and after training (1 is balanced)."""
+    import numpy as np
+
+    chosen = [evals[0], evals[-1]] if len(evals) > 1 else [evals[0]]
+    grids = [np.array(row["load"]) * len(row["load"][0]) for row in chosen]
+    layers, experts = grids[0].shape
+    figure = _new_figure(WIDTH, 1.5 + min(0.3 * layers, 6.0))
+    panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
+    top = max(2.0, float(max(grid.max() for grid in grids)))
+    for axes, grid, row in zip(panels, grids, chosen, strict=True):
+        image = axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0.0, vmax=top)
+        axes.grid(visible=False)
+        axes.set(xlabel="expert", title=f"step {row['step']}")
+        axes.title.set_size(10)
+        axes.set_xticks(range(0, experts, max(1, experts // 8)))
+        axes.set_yticks(range(0, layers, max(1, layers // 16)))
+        if experts <= 8 and layers <= 16:
+            _numbers(axes, grid, top)
+    panels[0].set_ylabel("layer")
+    bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.7, aspect=40, pad=0.04)
+    bar.set_label("load / mean load")
+    return _svg(figure)
+
+
+@_styled
+def balance(steps: Sequence[Mapping[str, Any]]) -> str:
+    """The busiest expert's load over the mean, the largest over all layers, at every step (1 is balanced)."""
+    figure, axes = _figure()
+    axes.plot([row["step"] for row in steps], [row["max_over_mean"] for row in steps], color=COLOURS[1], linewidth=1.2)
+    axes.axhline(1.0, color="#555555", linewidth=1.0, linestyle="--")
+    axes.set(xlabel="step", ylabel="largest load / mean load", ylim=(0, None))
+    return _svg(figure)
+
+
+@_styled
+def norm_ratios(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Size of the mixture's FFN output over the dense one's, by layer (1 is the dense size)."""
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [row for row in layers if row["kind"] != "dense" and isinstance(row["norm_ratio"], float)]
+    figure, axes = _figure()
+    axes.bar([row["layer"] for row in rows], [row["norm_ratio"] for row in rows], color=COLOURS[0], width=0.7)
+    axes.axhline(1.0, color="#555555", linewidth=1.0, linestyle="--")
+    axes.set(xlabel="layer", ylabel="‖mixture‖ / ‖dense‖")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _svg(figure)
+
+
+@_styled
+def scores(receipt: Mapping[str, Any]) -> str:
+    """Bits per byte of every model on every domain."""
+    models, domains = list(receipt["models"]), list(receipt["domains"])
+    table = {(row["model"], row["domain"]): row["bits_per_byte"] for row in receipt["scores"]}
+    figure, axes = _figure(height=1.5 + 0.34 * len(domains), legend_rows=1)
+    for line, domain in enumerate(domains):
+        values = [table[model, domain] for model in models]
+        axes.plot([min(values), max(values)], [line, line], color="#bbbbbb", linewidth=1.2, zorder=1)
+    for index, model in enumerate(models):
+        look = {**_look(index), "linestyle": "none"}
+        axes.plot([table[model, domain] for domain in domains], range(len(domains)), label=model, markersize=7, **look)
+    axes.set_yticks(range(len(domains)), domains)
+    axes.set(xlabel="bits per byte (less is better)", ylim=(len(domains) - 0.5, -0.5))
+    axes.legend(ncols=len(models), loc="lower left", bbox_to_anchor=(-0.12, 1.0), borderaxespad=0.2)
+    return _svg(figure)
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _numbers(axes: Axes, grid: Any, top: float) -> None:
+    for (layer, expert), value in ((place, grid[place]) for place in _places(grid.shape)):
+        colour = "white" if value < 0.55 * top else "black"
+        axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _places(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(row, column) for row in range(shape[0]) for column in range(shape[1])]
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    # Figure without pyplot: no window system, no global state, safe in a thread.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _figure(*, height: float = HEIGHT, legend_rows: int = 0) -> tuple[Figure, Axes]:
+    figure = _new_figure(WIDTH, height + 0.22 * legend_rows)
+    return figure, figure.subplots()
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element that grows and shrinks with the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = buffer.getvalue()
+    head, body = text[text.index("<svg") :].split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
