@@ -5,6 +5,7 @@ Run as a script it loads folders with whatever transformers is on PYTHONPATH and
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from dataclasses import dataclass, field
@@ -125,7 +126,7 @@ def compute(model: Any) -> tuple[np.ndarray, np.ndarray]:
     """Logits [T, V] on the prompt, and the greedy continuation (without a cache: nothing but the forward pass)."""
     import torch
 
-    ids = prompt()
+    ids = prompt() % model.config.vocab_size
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0].float().numpy()
         for _ in range(NUM_GREEDY):
@@ -191,6 +192,8 @@ def main(out: Path, folders: list[Path]) -> None:
         model, misfits = load(folder)
         found[f"{folder.name}/logits"], found[f"{folder.name}/greedy"] = compute(model)
         found[f"{folder.name}/misfits"] = np.array(json.dumps(misfits))
+        keys = inspect.signature(type(model.config).__init__).parameters
+        found[f"{folder.name}/keys"] = np.array([key for key in keys if key not in ("self", "kwargs")])
     np.savez(out, **found)
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,28 @@ import pytest
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.convert import convert
-from prismoe.plan import Plan, make_plan, plan_shape
-from prismoe.targets import find_target
+from prismoe.errors import InputError, UsageError
+from prismoe.family import dense_config
+from prismoe.plan import Plan, PlanShape, make_plan, plan_shape
+from prismoe.recipe import Copy, Fill, Stack, Take
+from prismoe.target import lower, moe_config, padded
+from prismoe.targets import all_targets, find_target
 from tests import golden
+from tests.tiny import tiny_dense
 
 TOLERANCE = 2e-5  # max |Δlogit| in float32 where logits reach about 7
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+SHAPE = PlanShape(3, (0, 1, 2), 8, 2, 12, 0, (4.0,))
 
 
 @dataclass(frozen=True)
@@ -105,3 +122,159 @@ def test_upcycled_is_the_dense_model_and_a_partition_is_not(made: dict[str, Made
         assert difference <= TOLERANCE
     else:
         assert difference > 0.1
+
+
+@pytest.mark.parametrize("target", sorted(all_targets()))
+def test_config_spells_out_every_key_of_both_generations(
+    made: dict[str, Made], old_transformers: dict[str, Any], target: str
+) -> None:
+    """transformers 4 and 5 declare different keys; whatever either knows is written, null included."""
+    from transformers import AutoConfig
+
+    case = next(case for name, case in made.items() if golden.CASES[name][1] == target)
+    written = json.loads((case.folder / "config.json").read_text())
+    new = type(AutoConfig.for_model(target)).__annotations__
+    own = {"vocab_size", "hidden_size", "num_experts_per_tok", "rope_parameters", "tie_word_embeddings"}
+    assert own <= set(new)
+    assert set(new) - {"model_type", "keys_to_ignore_at_inference", "attribute_map", "default_theta"} <= set(written)
+    old = set(old_transformers[f"{case.folder.name}/keys"].tolist())
+    assert {"rope_theta", "num_key_value_heads"} <= old
+    assert old <= set(written)
+    assert {"num_experts", "num_local_experts", "rope_theta", "rope_scaling", "dtype", "torch_dtype"} <= set(written)
+
+
+def test_rope_is_written_in_both_spellings() -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    dense = dense_config({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 5e5}})
+    config = moe_config(dense, SHAPE, find_target("mixtral"))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert config["rope_scaling"] == scaling
+    assert config["rope_parameters"] == {**scaling, "rope_theta": 5e5}
+    plain = moe_config(dense_config(LLAMA), SHAPE, find_target("mixtral"))
+    assert (plain["rope_theta"], plain["rope_scaling"]) == (1e4, None)
+    assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "shape", "fields"),
+    [
+        ("mixtral", {}, {}, []),
+        ("mixtral", {"sliding_window": 8, "sliding_layers": (0, 1, 2)}, {}, []),
+        ("mixtral", {"head_dim": 32}, {}, []),
+        ("mixtral", {"sliding_window": 8, "sliding_layers": (0,)}, {}, ["sliding_layers"]),
+        ("mixtral", {"qkv_bias": True, "o_bias": True}, {}, ["qkv_bias", "o_bias"]),
+        ("mixtral", {"qk_norm": True}, {"shared_width": 8}, ["qk_norm", "shared_width"]),
+        ("mixtral", {}, {"moe_layers": (0, 2)}, ["dense_layers"]),
+        ("granitemoeshared", {}, {"shared_width": 8}, []),
+        ("granitemoeshared", {"qkv_bias": True}, {}, []),
+        ("granitemoeshared", {"head_dim": 32}, {}, ["head_dim"]),
+        ("granitemoeshared", {"sliding_window": 8, "sliding_layers": (0, 1, 2)}, {}, ["sliding_window"]),
+        ("granitemoeshared", {"qk_norm": True}, {"moe_layers": (1,)}, ["qk_norm", "dense_layers"]),
+        ("qwen3_moe", {}, {}, ["qk_norm"]),
+        ("qwen3_moe", {"qk_norm": True, "head_dim": 32}, {"moe_layers": (1,)}, []),
+        ("qwen3_moe", {"qk_norm": True, "qkv_bias": True}, {}, ["qkv_bias"]),
+        ("qwen3_moe", {"qk_norm": True, "sliding_window": 8, "sliding_layers": (1,)}, {}, ["sliding_layers"]),
+        ("qwen3_moe", {"qk_norm": True}, {"shared_width": 8}, ["shared_width"]),
+    ],
+)
+def test_objections_name_the_fields(
+    target: str, changes: dict[str, Any], shape: dict[str, Any], fields: list[str]
+) -> None:
+    dense = replace(dense_config(LLAMA), **changes)
+    found = find_target(target).objections(dense, replace(SHAPE, **shape))
+    assert [objection.field for objection in found] == fields
+
+
+def test_lower_refuses_with_every_field(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_dense(tmp_path, "qwen2"))
+    plan = make_plan(checkpoint, num_experts=4, shared=16, layers="odd")
+    with pytest.raises(UsageError) as caught:
+        lower(checkpoint, plan, find_target("mixtral"))
+    assert str(caught.value) == (
+        f"{tmp_path}: target mixtral: qkv_bias is True, needs False: its attention has no bias; "
+        "dense_layers is [0, 2], needs []: every layer has experts; "
+        "shared_width is 16, needs 0: it has no shared expert"
+    )
+    with pytest.raises(UsageError, match=r"^target: unknown 'mixtrl'; needed one of .*did you mean mixtral"):
+        find_target("mixtrl")
+
+
+def test_lower_refuses_a_plan_for_another_model(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_dense(tmp_path / "a"))
+    other = make_plan(tiny_dense(tmp_path / "b", intermediate_size=64))
+    with pytest.raises(InputError) as caught:
+        lower(checkpoint, other, find_target("mixtral"))
+    assert str(caught.value) == (
+        f"{tmp_path / 'a'}: a plan for (layers, neurons, hidden) = (3, 64, 64); "
+        "needed (3, 96, 64) (hint: make a new plan)"
+    )
+
+
+def test_recipes_of_a_layer(tmp_path: Path) -> None:
+    """Rows without a factor, columns with the scale, zero slots up to the padded width; copies when upcycling."""
+    checkpoint = Checkpoint.open(tiny_dense(tmp_path, intermediate_size=172))
+    plan = make_plan(checkpoint, num_experts=4, seed=3)
+    recipes = lower(checkpoint, plan, find_target("mixtral"))
+    experts, prefix = plan.layers[1].experts, "model.layers.1.block_sparse_moe"  # type: ignore[union-attr]
+    for part, key, axis, factor in (("gate", "w1", 0, 1.0), ("up", "w3", 0, 1.0), ("down", "w2", 1, 2.0)):
+        take = recipes[f"{prefix}.experts.2.{key}.weight"]
+        assert isinstance(take, Take)
+        assert take.source == f"model.layers.1.mlp.{part}_proj.weight"
+        assert (take.axis, take.factor, take.pad) == (axis, factor, 64 - 43)
+        np.testing.assert_array_equal(take.index, experts[2])
+    router = recipes[f"{prefix}.gate.weight"]
+    assert isinstance(router, Fill)
+    assert (router.shape, router.dtype, router.std, router.key) == ((4, 64), "F32", 0.02, (3, 1))
+    unpadded = lower(checkpoint, make_plan(checkpoint, method="upcycle"), find_target("mixtral"), pad_to=4)
+    experts_3 = [recipe for key, recipe in unpadded.items() if ".experts.3." in key]
+    assert all(isinstance(recipe, Copy) for recipe in experts_3)
+    assert len(experts_3) == 9
+    fused = lower(checkpoint, plan, find_target("granitemoeshared"))[
+        "model.layers.1.block_sparse_moe.input_linear.weight"
+    ]
+    assert isinstance(fused, Stack)
+    assert fused.shape == (4, 128, 64)
+    assert [part.source.split(".")[-2] for part in fused.parts if isinstance(part, Take)] == [
+        "gate_proj",
+        "up_proj",
+    ] * 4
+
+
+def test_zero_biases_fill_what_granite_wants_and_qwen2_lacks(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny_dense(tmp_path, "qwen2"))
+    recipes = lower(checkpoint, make_plan(checkpoint), find_target("granitemoeshared"))
+    for name in "qkv":
+        assert isinstance(recipes[f"model.layers.0.self_attn.{name}_proj.bias"], Copy)
+    zeros = recipes["model.layers.0.self_attn.o_proj.bias"]
+    assert isinstance(zeros, Fill)
+    assert (zeros.shape, zeros.std, zeros.rows) == ((64,), 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("width", "pad_to", "wanted"), [(43, 32, 64), (64, 32, 64), (1, 8, 8), (0, 32, 0), (12, 1, 12)]
+)
+def test_padded(width: int, pad_to: int, wanted: int) -> None:
+    assert padded(width, pad_to) == wanted
+
+
+@pytest.mark.parametrize("case", ["llama2 -> mixtral, partition", "llama2 -> granitemoeshared, shared"])
+def test_stock_balance_loss_works_on_what_we_write(made: dict[str, Made], case: str) -> None:
+    """Granite's stock loss reads `num_experts`, which its own config class does not have: our config.json brings it."""
+    model, _ = golden.load(made[case].folder)
+    found = model(input_ids=golden.prompt(), labels=golden.prompt(), output_router_logits=True)
+    assert float(found.aux_loss.detach()) == pytest.approx(2.0, rel=0.5)  # top_k when perfectly balanced
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama105", "parent-4m"])
+@pytest.mark.parametrize("target", ["mixtral", "granitemoeshared"])
+def test_real_checkpoints_upcycle_exactly(shared: Path, tmp_path: Path, name: str, target: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = shared / "models" / name
+    convert(source, make_plan(source, method="upcycle", num_experts=4), target=target, out=tmp_path / "moe")
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype="float32").eval()
+    model, misfits = golden.load(tmp_path / "moe")
+    assert misfits == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    (logits, greedy), (wanted, wanted_greedy) = golden.compute(model), golden.compute(dense)
+    assert np.abs(logits - wanted).max() <= 1e-4
+    assert greedy.tolist() == wanted_greedy.tolist()
