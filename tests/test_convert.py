@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import prismoe.writer
 from prismoe.checkpoint import Checkpoint
 from prismoe.convert import convert
 from prismoe.errors import InputError, InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.family import dense_config, tensor_shapes
 from prismoe.folder import Manifest
-from prismoe.gather import Gatherer, draw, execute
-from prismoe.job import prepare
-from prismoe.layout import index_json, lay_out
 from prismoe.plan import Plan, make_plan
-from prismoe.recipe import Copy, Fill, Recipe, Stack, Take
-from prismoe.tensorfile import TensorInfo
-from tests.handmade import CONFIG, HIDDEN, NEURONS, SIDE, handmade, weights
+from tests.handmade import HIDDEN, NEURONS, SIDE, handmade, weights
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -146,13 +134,6 @@ def test_folder_is_complete_and_loads_in_the_library(dense: Path, tmp_path: Path
     assert min(starts) == 0
 
 
-def test_every_tensor_starts_on_its_natural_boundary(tmp_path: Path) -> None:
-    tensors = {"a": TensorInfo("BF16", (3,), tmp_path, 0, 6), "b": TensorInfo("F32", (1,), tmp_path, 6, 4)}
-    (shard,) = lay_out({"a": Copy("a"), "b": Copy("b")}, tensors, max_shard_bytes=100)
-    assert shard.keys == ("b", "a")
-    assert [piece.start % 4 for piece in shard.pieces] == [0, 0]
-
-
 def test_same_bytes_whatever_the_shard_threads_do(dense: Path, tmp_path: Path) -> None:
     plan = make_plan(dense, method="upcycle", num_experts=4)
     for name in ("a", "b"):
@@ -166,64 +147,6 @@ def test_router_is_drawn_as_documented(dense: Path, tmp_path: Path) -> None:
     found = Checkpoint.open(tmp_path / "moe").array("model.layers.1.block_sparse_moe.gate.weight")
     numbers = np.random.Generator(np.random.Philox(key=[7, 1])).standard_normal((4, HIDDEN)) * 0.02
     assert same_bits(found, numbers.astype(ml_dtypes.bfloat16))
-
-
-# Windows of every recipe kind at every cut, against the whole tensor made with plain indexing.
-
-ROWS_, COLS_ = 7, 5
-BOX = np.arange(ROWS_ * COLS_, dtype=np.float32).reshape(ROWS_, COLS_) - 11
-INDEX = np.array([0, 3, 3, 6, 2], np.int32)
-CASES: list[tuple[Recipe, np.ndarray]] = [
-    (Copy("box"), BOX),
-    (Take("box", 0, INDEX), BOX[INDEX]),
-    (Take("box", 0, INDEX, 0.5, 2), np.vstack([BOX[INDEX] * np.float32(0.5), np.zeros((2, COLS_), np.float32)])),
-    (Take("box", 0, np.arange(7, dtype=np.int32), 1.0, 1), np.vstack([BOX, np.zeros((1, COLS_), np.float32)])),
-    (Take("box", 1, INDEX % 5), BOX[:, INDEX % 5]),
-    (Take("box", 1, INDEX[:2], 3.0, 3), np.hstack([BOX[:, INDEX[:2]] * 3, np.zeros((ROWS_, 3), np.float32)])),
-    (Fill((2, 3), "F32"), np.zeros((2, 3), np.float32)),
-    (Fill((2, 3), "F32", rows=BOX[:2, :3].copy()), BOX[:2, :3]),
-    (
-        Stack((2, 7, 5), (Copy("box"), Take("box", 0, np.array([1, 1, 0, 2, 5], np.int32), 1.0, 2))),
-        np.stack([BOX, np.vstack([BOX[[1, 1, 0, 2, 5]], np.zeros((2, COLS_), np.float32)])]),
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(handmade(tmp_path_factory.mktemp("box"), tensors={"box": BOX}))
-
-
-@pytest.mark.parametrize(("recipe", "expected"), CASES)
-def test_execute_makes_the_whole_tensor(box: Checkpoint, recipe: Recipe, expected: np.ndarray) -> None:
-    assert same_bits(execute(box, recipe), np.ascontiguousarray(expected))
-
-
-@given(case=st.sampled_from(CASES), cuts=st.lists(st.integers(0, 70), max_size=6))
-@settings(deadline=None, max_examples=200)
-def test_any_window_of_any_recipe(box: Checkpoint, case: tuple[Recipe, np.ndarray], cuts: list[int]) -> None:
-    recipe, expected = case
-    (shard,) = lay_out({"x": recipe}, box.tensors, max_shard_bytes=1 << 20)
-    made = bytearray()
-    with Gatherer.reading(box) as gatherer:
-        for piece in shard.pieces:
-            edges = sorted({0, piece.nbytes, *(4 * cut for cut in cuts if 4 * cut < piece.nbytes)})
-            for low, high in itertools.pairwise(edges):
-                part = bytearray(high - low)
-                gatherer.fill(piece, low, high, memoryview(part))
-                made += part
-    assert bytes(made) == np.ascontiguousarray(expected).tobytes()
-
-
-@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=30), most=st.integers(1, 120))
-def test_shards_hold_everything_once_and_stay_small(sizes: list[int], most: int) -> None:
-    recipes: dict[str, Recipe] = {str(key): Fill((size,), "U8") for key, size in enumerate(sizes)}
-    shards = lay_out(recipes, {}, max_shard_bytes=most)
-    assert [key for shard in shards for key in shard.keys] == list(recipes)
-    for shard in shards:
-        size = shard.nbytes - len(shard.header)
-        assert size == sum(sizes[int(key)] for key in shard.keys)
-        assert size <= most or len(shard.keys) == 1
 
 
 def test_chunks_smaller_than_tensors_change_nothing(
@@ -407,93 +330,3 @@ def test_config_without_weights_is_not_enough(dense: Path, tmp_path: Path) -> No
     with pytest.raises(InputError) as caught:
         convert(tmp_path / "bare", make_plan(tmp_path / "bare", num_experts=4), out=tmp_path / "moe")
     assert str(caught.value) == f"{tmp_path}/bare: config.json without weights; needed model.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("recipe", "line"),
-    [
-        (Copy("ghost"), "x: source tensor ghost is missing (hint: the checkpoint is not complete)"),
-        (Take("box", 0, np.array([7], np.int32)), "x from box: index 7..7 of shape (1,); needed a list within 0..6"),
-        (Take("box", 1, np.array([-1], np.int32)), "x from box: index -1..-1 of shape (1,); needed a list within 0..4"),
-        (Take("box", 2, INDEX), "x from box: axis 2 of a tensor of shape (7, 5)"),
-        (Take("box", 0, INDEX, float("nan")), "x from box: factor nan, pad 0; needed finite, and pad ≥ 0"),
-        (Fill((2, 2), "F32", rows=BOX), "x: (7, 5) numbers; needed (2, 2)"),
-        (Stack((9,), (Copy("box"),)), "x: stack of [('F32', (7, 5))]; needed one dtype and together (9,)"),
-    ],
-)
-def test_recipes_are_checked_on_shapes(box: Checkpoint, recipe: Recipe, line: str) -> None:
-    with pytest.raises(InputError) as caught:
-        lay_out({"x": recipe}, box.tensors, max_shard_bytes=100)
-    assert str(caught.value) == line
-
-
-def test_draws_that_overflow_their_dtype_are_refused() -> None:
-    with pytest.raises(InputError, match="numbers that are not finite"):
-        draw(Fill((4,), "F16", std=1e9, key=(1, 2)))
-
-
-def test_llama_70b_plans_and_lays_out_in_seconds(tmp_path: Path) -> None:
-    """The real sizes of Llama-3-70B in sparse files: 141 GB of shapes, no disk."""
-    config = {**CONFIG, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
-    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    fills: dict[str, Recipe] = {key: Fill(dims, "BF16") for key, dims in tensor_shapes(dense_config(config)).items()}
-    shards = lay_out(fills, {}, max_shard_bytes=5_000_000_000)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index_json(shards)))
-    for shard in shards:
-        with (tmp_path / shard.name).open("wb") as file:
-            file.write(shard.header)
-            file.truncate(shard.nbytes)
-    started = time.perf_counter()
-    job = prepare(Checkpoint.open(tmp_path), make_plan(tmp_path, num_experts=16, top_k=4), "mixtral", 32, 5_000_000_000)
-    assert time.perf_counter() - started < 10
-    assert job.total_bytes == pytest.approx(2 * (70_553_706_496 + 80 * 16 * 8192), rel=1e-5)  # dense + routers, bf16
-    assert job.memory_bytes <= 250_000_000
-
-
-MEASURE = """
-import sys
-from pathlib import Path
-from prismoe.convert import convert
-from prismoe.plan import make_plan
-
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
-
-peak = 0
-def look(what, done, total):
-    global peak
-    peak = max(peak, anonymous())
-
-plan = make_plan(sys.argv[1], num_experts=4)
-convert(sys.argv[1], plan, out=sys.argv[2], max_shard_bytes=30_000_000, on_progress=look)
-print(peak)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    peaks = []
-    for neurons in (4096, 32768):  # 6 MB a matrix at most, then 50 MB
-        tensors = weights()
-        for layer in range(2):
-            for name, shape in (("gate", (neurons, 256)), ("up", (neurons, 256)), ("down", (256, neurons))):
-                tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = np.zeros(shape, ml_dtypes.bfloat16)
-            for name in "qkvo":
-                tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = np.zeros((256, 256), ml_dtypes.bfloat16)
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{layer}.{name}.weight"] = np.ones(256, ml_dtypes.bfloat16)
-        for name in ("model.embed_tokens", "lm_head"):
-            tensors[f"{name}.weight"] = np.zeros((32, 256), ml_dtypes.bfloat16)
-        tensors["model.norm.weight"] = np.ones(256, ml_dtypes.bfloat16)
-        dense = handmade(tmp_path / str(neurons), tensors=tensors, hidden_size=256, intermediate_size=neurons)
-        command = [sys.executable, "-c", MEASURE, str(dense), str(tmp_path / f"{neurons}-moe")]
-        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    assert peaks[1] <= 250_000_000
-    assert peaks[1] - peaks[0] <= 70_000_000  # twice the shards at a time, not 90 MB more of model
-
-
-def test_planning_imports_nothing_heavy() -> None:
-    code = "import sys, prismoe.convert; sys.exit(bool({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
