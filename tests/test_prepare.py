@@ -182,8 +182,9 @@ def test_finished_domains_are_kept_and_others_made(tmp_path: Path, tokenizer: Pa
     assert Domain.open(tmp_path / "out" / "a").num_documents == 1
 
 
-def test_estimate_of_a_dry_run_is_near(tmp_path: Path, tokenizer: Path) -> None:
-    train = jsonl(tmp_path / "a.jsonl", TEXTS * 4000)  # larger than the sample
+def test_estimate_of_a_dry_run_is_near(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prismoe.data.prepare._COUNTED_BYTES", 1 << 17)
+    train = jsonl(tmp_path / "a.jsonl", TEXTS * 4000)  # larger than what is counted and what is tokenised
     planned = one(tmp_path, tokenizer, train, dry_run=True).domains[0].splits["train"]
     made = one(tmp_path, tokenizer, train).domains[0].splits["train"]
     assert planned.num_tokens == pytest.approx(made.num_tokens, rel=0.05)

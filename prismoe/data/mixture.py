@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -221,10 +221,6 @@ class Mixture:
             )
             for g, name in enumerate(self.names)
         )
-
-    def to_dict(self, step: int) -> dict[str, Any]:
-        """The report and the history, JSON-able."""
-        return {"step": step, "domains": [asdict(share) for share in self.report(step)], "history": self.history}
 
     def _points(self, step: int, boundaries: list[int]) -> IdArray:
         """[G] how many row positions of steps 0 … step-1 lie between each cumulative weight and the one before.

@@ -28,7 +28,8 @@ __all__ = ["DomainSource", "Prepared", "PreparedDomain", "prepare"]
 
 _FORMAT = 1  # goes into the key: a change of what the same text gives must not be taken for finished work
 _BATCH_BYTES = 1 << 20  # text that is tokenised at once: enough work for every core, little memory
-_SAMPLE_BYTES = 1 << 17
+# An estimate counts so much text of a file (cheap), and tokenises so much of it (dear).
+_COUNTED_BYTES, _SAMPLE_BYTES = 1 << 22, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -272,34 +273,36 @@ def _encode(documents: list[Document], encoder: DocumentTokenizer) -> list[tuple
 
 
 def _estimate(job: _Job, encoder: DocumentTokenizer) -> PreparedDomain:
-    """Read the first document of every file, tokenise a sample of each split's first file, and extrapolate."""
+    """Read the first document of every file, count and tokenise some of each split, and extrapolate."""
     splits: dict[Split, SplitCounts] = {}
     for split, paths in job.files.items():
         for path in paths[1:]:
             next(read_documents(path, field=job.field))
-        sample, position = _sample(paths[0], job.field) if paths else ([], 1)
+        documents, num_bytes, position, sample = _begin(paths[0], job.field) if paths else (0, 0, 1, [])
         encoded = _encode(sample, encoder)
         grow = sum(path.stat().st_size for path in paths) / position
+        per_byte = sum(len(ids) for ids, _ in encoded) / max(sum(count for _, count in encoded), 1)
         splits[split] = SplitCounts(
-            num_tokens=round(grow * sum(len(ids) for ids, _ in encoded)),
-            num_documents=round(grow * len(sample)),
-            num_bytes=round(grow * sum(num_bytes for _, num_bytes in encoded)),
+            num_tokens=round(grow * num_bytes * per_byte),
+            num_documents=round(grow * documents),
+            num_bytes=round(grow * num_bytes),
             num_unknown=0,
         )
     return PreparedDomain(job.name, str(job.folder), "planned", splits, 0)
 
 
-def _sample(path: Path, field: str) -> tuple[list[Document], int]:
-    """Documents from the beginning of a file, and how many of its bytes hold them."""
+def _begin(path: Path, field: str) -> tuple[int, int, int, list[Document]]:
+    """Of a file's beginning: documents, bytes of text, bytes of the file; and fewer documents, to be tokenised."""
+    count = size = position = 0
     sample: list[Document] = []
-    size = 0
     for document in read_documents(path, field=field):
         # Positions move in blocks: only where one begins do they say what the documents before it took.
-        if size >= _SAMPLE_BYTES and document.position != sample[-1].position:
-            return sample, sample[-1].position
-        sample.append(document)
-        size += document.num_bytes
-    return sample, path.stat().st_size
+        if size >= _COUNTED_BYTES and document.position != position:
+            return count, size, position, sample
+        if size < _SAMPLE_BYTES:
+            sample.append(document)
+        count, size, position = count + 1, size + document.num_bytes, document.position
+    return count, size, path.stat().st_size, sample
 
 
 def _check_disk(out: Path, planned: Any, itemsize: int) -> None:

@@ -12,7 +12,7 @@ and adding documents later need; a reader that does not need them never touches 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,13 +110,6 @@ class Domain:
     def ends(self, split: Split = "train") -> IdArray:
         """[num_documents, 2] int64, memory-mapped: tokens and bytes of text up to the end of each document."""
         return np.memmap(self.folder / f"{split}.ends", np.dtype("<i8"), mode="r").reshape(-1, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "vocab_size": self.vocab_size,
-            "splits": {k: asdict(v) for k, v in self.splits.items()},
-        }
 
 
 def _check_size(path: Path, expected: int) -> None:
