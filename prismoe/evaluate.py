@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain, Windows, heldout_windows
 from prismoe.errors import InputError, UsageError
@@ -18,7 +16,7 @@ from prismoe.progress import Progress, quiet
 from prismoe.train.device import num_threads
 from prismoe.train.fit import check_fit
 from prismoe.train.model import load_model
-from prismoe.train.scoring import WindowScores, score_windows
+from prismoe.train.scoring import TextLoss, score_text
 
 __all__ = ["DomainScore", "Scores", "evaluate"]
 
@@ -27,21 +25,20 @@ __all__ = ["DomainScore", "Scores", "evaluate"]
 class DomainScore:
     """One model on one domain.
 
-    `loss` is nats a token over `scored_tokens`, `perplexity` its exponential, `bits_per_byte` that loss over all
-    `tokens` (end tokens among them), in bits, a byte of UTF-8 text. `standard_error` belongs to `loss`, over windows.
-    `change` is the loss minus that of the first model, with the standard error of the paired difference: the windows
-    are the same, so it is far smaller than that of either loss.
+    `loss` is nats a token over `scored_tokens` of text, `perplexity` its exponential, `bits_per_byte` the same loss in
+    bits a byte of UTF-8. `standard_error` belongs to `loss`, over documents. `change` is the loss minus that of the
+    first model, with the standard error of the paired difference: the text is the same, so it is far smaller than that
+    of either loss. A standard error is None where there is one document only.
     """
 
     model: str
     domain: str
     loss: float
-    standard_error: float
+    standard_error: float | None
     perplexity: float
     bits_per_byte: float
     change: float
-    change_standard_error: float
-    tokens: int
+    change_standard_error: float | None
     scored_tokens: int
     bytes: int
     documents: int
@@ -56,7 +53,6 @@ class Scores:
     models: dict[str, dict[str, Any]]
     domains: dict[str, dict[str, Any]]
     seq_len: int
-    opened_with_start_token: bool
     versions: dict[str, str]
 
     def of(self, model: str, domain: str) -> DomainScore:
@@ -73,7 +69,6 @@ def evaluate(
     *,
     seq_len: int,
     max_tokens: int | None = 100_000,
-    start_token: bool = False,
     batch_size: int = 16,
     threads: int = 0,
     offline: bool = False,
@@ -81,12 +76,12 @@ def evaluate(
 ) -> Scores:
     """Score `models` (name → folder; the first is the one others are compared with) on the held-out split of `domains`.
 
-    The held-out text is one stream of tokens cut into windows of `seq_len` (`heldout_windows`), at most `max_tokens`
-    in whole documents. With `start_token` every window opens with the tokenizer's start token and all its other tokens
-    are scored; without, all but its first. Computed in float32 whatever the stored dtype, one model at a time.
+    Each document is cut into windows of `seq_len` that score every token of its text once (`heldout_windows`); at most
+    `max_tokens` a domain are read, in whole documents. Computed in float32 whatever the stored dtype, one model at a
+    time.
 
     Raises:
-        UsageError: no model or domain, or a domain whose tokenizer has no start token to open windows with.
+        UsageError: no model or no domain.
         InputError: a model or domain that is damaged, or was made with another tokenizer.
         NumericalError: a loss that is not finite.
     """
@@ -94,18 +89,13 @@ def evaluate(
     if not models or not opened:
         raise UsageError("nothing to evaluate", needed="at least one model and one domain")
     checkpoints = {name: Checkpoint.open(source, offline=offline) for name, source in models.items()}
-    windows = {
-        name: heldout_windows(
-            domain, seq_len=seq_len, start_token=_start(domain) if start_token else None, max_tokens=max_tokens
-        )
-        for name, domain in opened.items()
-    }
+    windows = {name: heldout_windows(domain, seq_len=seq_len, max_tokens=max_tokens) for name, domain in opened.items()}
     for checkpoint in checkpoints.values():
         if not checkpoint.has_weights:
             raise InputError("no weights", where=str(checkpoint.folder), needed="model.safetensors")
         check_fit(checkpoint, opened.values(), seq_len=seq_len)
     total, done = len(checkpoints) * sum(len(part) for part in windows.values()), 0
-    first: dict[str, WindowScores] = {}
+    first: dict[str, TextLoss] = {}
     rows: list[DomainScore] = []
     described = {}
     with num_threads(threads):
@@ -114,48 +104,45 @@ def evaluate(
             described[name] = _describe(checkpoint, sum(parameter.numel() for parameter in model.parameters()))
             for domain, part in windows.items():
 
-                def after_batch(count: int, base: int = done, what: str = f"evaluate {name}: {domain}") -> None:
+                def after_batch(count: int, base: int = done, what: str = f"evaluate: {name} on {domain}") -> None:
                     on_progress(what, base + count, total)
 
-                scores = score_windows(
-                    model, part, batch_size=batch_size, where=f"{name} on {domain}", after_batch=after_batch
+                found = score_text(
+                    model,
+                    opened[domain],
+                    part,
+                    batch_size=batch_size,
+                    where=f"{name} on {domain}",
+                    after_batch=after_batch,
                 )
                 done += len(part)
-                rows.append(_score(name, domain, scores, first.setdefault(domain, scores), part))
+                rows.append(_score(name, domain, found, first.setdefault(domain, found), part))
             del model
     return Scores(
         scores=tuple(rows),
         models=described,
         domains={name: {"folder": str(d.folder), "manifest": _manifest(d.folder)} for name, d in opened.items()},
         seq_len=seq_len,
-        opened_with_start_token=start_token,
         versions=versions(),
     )
 
 
-def _score(model: str, domain: str, scores: WindowScores, first: WindowScores, windows: Windows) -> DomainScore:
-    change = WindowScores(scores.nats - first.nats, scores.tokens)
+def _score(model: str, domain: str, found: TextLoss, first: TextLoss, windows: Windows) -> DomainScore:
+    change = TextLoss(found.nats - first.nats, found.tokens)
     return DomainScore(
         model=model,
         domain=domain,
-        loss=scores.loss,
-        standard_error=scores.standard_error,
-        perplexity=math.exp(min(scores.loss, 700.0)),
-        bits_per_byte=scores.loss * windows.num_tokens / windows.num_bytes / math.log(2),
+        loss=found.loss,
+        standard_error=found.standard_error,
+        perplexity=math.exp(min(found.loss, 700.0)),
+        bits_per_byte=float(found.nats.sum()) / windows.num_bytes / math.log(2),
         change=change.loss,
         change_standard_error=change.standard_error,
-        tokens=windows.num_tokens,
-        scored_tokens=int(np.sum(scores.tokens)),
+        scored_tokens=windows.num_tokens,
         bytes=windows.num_bytes,
         documents=windows.num_documents,
         windows=len(windows),
     )
-
-
-def _start(domain: Domain) -> int:
-    if domain.start_token is None:
-        raise UsageError("the tokenizer has no start token", where=str(domain.folder), needed="start_token=false")
-    return domain.start_token
 
 
 def _describe(checkpoint: Checkpoint, parameters: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from prismoe.train.metrics import MetricsLog
 from prismoe.train.routers import Router, attach_policy
 from prismoe.train.routing import GradientGuard, LoadMeter, watch
 from prismoe.train.schedule import learning_rate
-from prismoe.train.scoring import score_windows, token_losses
+from prismoe.train.scoring import score_text, token_losses
 from prismoe.train.settings import PretrainConfig
 
 __all__ = ["Finished", "StopRequest", "stop_on_signal", "train"]
@@ -163,14 +163,10 @@ class _Run:
             windows = heldout_windows(domain, seq_len=config.seq_len, max_tokens=config.eval_tokens)
             size = config.micro_batch_size or config.batch_size
             with _autocast(config.precision):
-                scores = score_windows(
-                    self.model, windows, batch_size=size, where=f"held-out text of {name}", after_batch=after_batch
+                found = score_text(
+                    self.model, domain, windows, batch_size=size, where=f"held-out {name}", after_batch=after_batch
                 )
-            heldout[name] = {
-                "loss": scores.loss,
-                "standard_error": scores.standard_error,
-                "tokens": int(scores.tokens.sum()),
-            }
+            heldout[name] = {"loss": found.loss, "standard_error": found.standard_error, "tokens": windows.num_tokens}
         self.on_progress("held-out loss", len(heldout), len(heldout))
         return {"event": "eval", "step": step, "heldout": heldout, **meter.result()}
 

@@ -1,4 +1,4 @@
-"""Language-model loss of a model on windows of tokens, without any router term."""
+"""Language-model loss of a model on held-out text, without any router term, summed by document."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from prismoe.data.shards import Domain, Windows
 from prismoe.errors import NumericalError
 
-__all__ = ["WindowScores", "score_windows", "token_losses"]
+__all__ = ["TextLoss", "score_text", "token_losses"]
 
 Window = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
-class WindowScores:
-    """Summed loss in nats and number of scored tokens of each window, in order."""
+class TextLoss:
+    """Summed loss in nats and number of scored tokens of each document."""
 
     nats: npt.NDArray[np.float64]
     tokens: npt.NDArray[np.int64]
@@ -32,11 +33,14 @@ class WindowScores:
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
-    def standard_error(self) -> float:
-        """Standard error of `loss` over windows (ratio estimator: windows may differ in length); 0 for one window."""
+    def standard_error(self) -> float | None:
+        """Standard error of `loss` with documents as the independent units (ratio estimator: they differ in length).
+
+        None for a single document: nothing can be said.
+        """
         count = len(self.nats)
         if count < 2:
-            return 0.0
+            return None
         residuals = self.nats - self.loss * self.tokens
         return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / self.tokens.sum())
 
@@ -49,23 +53,24 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
     return flat.view(labels_BT.shape[0], -1)
 
 
-def score_windows(
+def score_text(
     model: Any,
-    windows: Iterable[Window],
+    domain: Domain,
+    windows: Windows,
     *,
     batch_size: int,
-    where: str = "",
+    where: str,
     after_batch: Callable[[int], None] = lambda done: None,
-) -> WindowScores:
-    """Score windows (ids and labels `[T]` each; neighbours of one length go through the model together).
+) -> TextLoss:
+    """Score `windows` of the held-out split of `domain`, windows of one length `batch_size` at a time.
 
     `after_batch` is called with the number of windows done; it may raise to stop.
 
     Raises:
-        NumericalError: a loss is not finite; `where` names the text.
+        NumericalError: a loss is not finite; `where` names model and text.
     """
-    nats: list[npt.NDArray[np.float64]] = []
-    tokens: list[npt.NDArray[np.int64]] = []
+    documents = np.searchsorted(domain.ends("heldout")[:, 0], windows.spans[:, 0], side="right")
+    nats, tokens = np.zeros(windows.num_documents), np.zeros(windows.num_documents, np.int64)
     done = 0
     was_training = model.training
     model.eval()
@@ -76,19 +81,21 @@ def score_windows(
                 logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
                 loss_B = token_losses(logits_BTV, labels_BT).double().sum(dim=1)
             if not torch.isfinite(loss_B).all():
-                raise NumericalError("loss is not finite", where=where, hint="the model's weights have diverged")
-            nats.append(loss_B.numpy())
-            tokens.append((labels_BT[:, 1:] != -100).sum(dim=1).numpy())
+                raise NumericalError(
+                    "held-out loss is not finite", where=where, hint="a weight is not, or training has diverged"
+                )
+            rows = documents[done : done + len(batch)]
+            np.add.at(nats, rows, loss_B.numpy())
+            np.add.at(tokens, rows, (labels_BT[:, 1:] != -100).sum(dim=1).numpy())
             done += len(batch)
             after_batch(done)
     finally:
         model.train(was_training)
-    if not nats:
-        return WindowScores(np.zeros(0), np.zeros(0, np.int64))
-    return WindowScores(np.concatenate(nats), np.concatenate(tokens))
+    return TextLoss(nats, tokens)
 
 
 def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    # Padding instead would be no faster on a CPU (measured), and routers would see the padding.
     for _, run in groupby(windows, key=lambda window: len(window[0])):
         while batch := list(islice(run, size)):
             yield batch
