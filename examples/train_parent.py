@@ -89,7 +89,10 @@ def main() -> None:
     (start / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
     prepared = prismoe.prepare(
-        {name: prismoe.DomainSource(train=(str(train),), heldout=(str(heldout),)) for name, (train, heldout) in text.items()},
+        {
+            name: prismoe.DomainSource(train=(str(train),), heldout=(str(heldout),))
+            for name, (train, heldout) in text.items()
+        },
         tokenizer=start,
         out=out / "data",
     )
