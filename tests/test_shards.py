@@ -1,0 +1,67 @@
+"""Domain folders: lengths are checked on opening, held-out windows score every token of text once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prismoe.data.shards import Domain, heldout_windows
+from prismoe.errors import InputError
+from tests.text import TEXTS, jsonl, one
+from tests.tiny import tiny_tokenizer
+
+FEW = settings(max_examples=25, deadline=None, database=None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_opening_a_domain(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(InputError, match="not a prepared domain"):
+        Domain.open(tmp_path)
+    one(tmp_path, tokenizer, jsonl(tmp_path / "a.jsonl", TEXTS))
+    folder = tmp_path / "out" / "d"
+    with (folder / "train.tokens").open("ab") as file:
+        file.write(b"\0\0")
+    size = (folder / "train.tokens").stat().st_size
+    with pytest.raises(InputError, match=rf"train\.tokens: {size} bytes; needed {size - 2} \(manifest\.json\)"):
+        Domain.open(folder)
+    (folder / "train.tokens").unlink()
+    with pytest.raises(InputError, match=r"train\.tokens: missing"):
+        Domain.open(folder)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=10),
+    seq_len=st.integers(2, 20),
+    max_tokens=st.one_of(st.none(), st.integers(1, 200)),
+)
+@FEW
+def test_heldout_windows_score_every_token_of_text_once(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, lengths: list[int], seq_len: int, max_tokens: int | None
+) -> None:
+    folder = tmp_path_factory.mktemp("h")
+    texts = ["ab " * length for length in lengths]
+    heldout = jsonl(folder / "held.jsonl", texts)
+    one(folder, tokenizer, jsonl(folder / "train.jsonl", TEXTS), heldout)
+    domain = Domain.open(folder / "out" / "d")
+    documents = [part[:-1].tolist() for part in np.split(domain.tokens("heldout"), domain.ends("heldout")[:-1, 0])]
+    if max_tokens is not None:
+        fitting = int((domain.ends("heldout")[:, 0] <= max_tokens).sum())
+        documents = documents[: max(1, fitting)]
+    windows = heldout_windows(domain, seq_len=seq_len, max_tokens=max_tokens)
+    pieces = [d[i : i + seq_len - 1] for d in documents for i in range(0, len(d), seq_len - 1)]
+    found = list(windows)
+    assert len(found) == len(windows) == len(pieces)
+    assert sorted(ids[1:].tolist() for ids, _ in found) == sorted(pieces)
+    assert {int(ids[0]) for ids, _ in found} == {2}  # no start token in this template: the end of the document before
+    assert all(labels.tolist() == [-100, *ids[1:].tolist()] for ids, labels in found)
+    assert [len(ids) for ids, _ in found] == sorted((len(ids) for ids, _ in found), reverse=True)
+    assert windows.num_tokens == sum(map(len, documents))
+    assert (windows.num_documents, windows.num_bytes) == (len(documents), sum(3 * n for n in lengths[: len(documents)]))
