@@ -37,6 +37,15 @@ def test_every_format_reads_alike(tmp_path: Path) -> None:
     assert [document.text for document in read_documents(tmp_path / "f.txt")] == ["a whole\nfile"]
 
 
+def test_a_named_field_is_the_one_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "no", "body": "yes"}\n{"content": "no"}\n')
+    documents = read_documents(path, field="body")
+    assert next(documents).text == "yes"
+    with pytest.raises(InputError, match=r"a\.jsonl:2: no field body \(fields: content\)"):
+        next(documents)
+
+
 def test_line_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "a.jsonl", TEXTS * 3)
     for size in (1, 2, 7, 64):

@@ -26,9 +26,10 @@ def floor_sum(n: int, m: int, a: int, b: int) -> int:
         m, a = a, m
 
 
-def round_keys(*name: object) -> U64Array:
+def round_keys(*name: str | int) -> U64Array:
     """[ROUNDS] keys that depend on every part of `name` and on nothing else (no platform, no library version)."""
-    digest = hashlib.blake2b(repr(name).encode(), digest_size=8 * ROUNDS).digest()
+    plain = tuple(part if isinstance(part, str) else int(part) for part in name)  # NumPy's integers print differently
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, "<u8").astype(np.uint64)
 
 
