@@ -14,7 +14,8 @@ from prismoe.targets import all_targets, find_target
 
 __all__ = ["Account", "account"]
 
-ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2, None: 2}
+ITEM_BYTES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+"""Bytes of a weight; 2 where config.json does not say."""
 BYTES_PER_SECOND = 1e9
 """What the convert time is estimated with: reading and writing one gigabyte each second, a plain NVMe disk."""
 
@@ -72,7 +73,7 @@ def account(dense: DenseConfig, shape: PlanShape, target: Target | str = "mixtra
     vectors = sum(sizes[name] for name, dims in tensor_shapes(dense).items() if len(dims) == 1)
     head = dense.vocab_size * hidden if dense.tie_embeddings else 0
     embedding = dense.vocab_size * hidden
-    item = ITEM_BYTES.get(dense.dtype, 2)
+    item = ITEM_BYTES.get(dense.dtype or "", 2)
     disk = (total + padding) * item
     verdicts = {name: other.objections(dense, shape) for name, other in all_targets().items()}
     return Account(
