@@ -1,13 +1,9 @@
-"""What calibration learned: `NeuronStats` of one layer (one .safetensors file) and the `Calibration` that holds them.
-
-No torch here: methods read statistics without loading a model.
-"""
+"""What calibration learned of one layer: `NeuronStats`, one .safetensors file. No torch here, nor in who reads it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.errors import InputError, UsageError
-from prismoe.folder import Manifest, write_atomic
+from prismoe.folder import write_atomic
 from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
 
-__all__ = ["QUANTITIES", "Calibration", "NeuronStats", "layer_file"]
+__all__ = ["QUANTITIES", "TENSORS", "NeuronStats", "check_stats"]
 
 FORMAT = "prismoe-stats-1"
-KIND = "calibrate"
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
@@ -113,7 +108,7 @@ class NeuronStats:
             InputError: the statistics are not what this class promises.
         """
         path = Path(path)
-        _check(self, where=f"layer {self.layer}")
+        check_stats(self, where=f"layer {self.layer}")
         tensors = {
             name: (dtype, np.ascontiguousarray(value, np.dtype(DTYPES[dtype]).newbyteorder("<")))
             for name, (dtype, _) in TENSORS.items()
@@ -159,100 +154,16 @@ class NeuronStats:
                 else np.memmap(path, np.dtype(DTYPES[dtype]), mode="r", offset=info.start, shape=info.shape)
             )
         stats = cls(**scalars, **found)
-        _check(stats, where=where)
+        check_stats(stats, where=where)
         return stats
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Receipt of `calibrate` and handle on its folder: one file of statistics per layer.
+def check_stats(stats: NeuronStats, *, where: str) -> None:
+    """Everything that `NeuronStats` promises.
 
-    `source` is the fingerprint of the dense model. `loss` is nats a token, where the quantities needed it.
-    `cluster_domains` [C][G] counts the sequences of each domain in each data cluster. `state` is "written", "already
-    complete", "opened" or "dry run"; memory and disk in bytes are what the job needs at most.
+    Raises:
+        InputError: naming the field.
     """
-
-    folder: Path
-    source: str
-    num_layers: int
-    quantities: tuple[str, ...]
-    num_clusters: int
-    num_sequences: int
-    num_tokens: int
-    loss: float | None
-    cluster_domains: tuple[tuple[int, ...], ...]
-    domains: tuple[str, ...]
-    settings: Mapping[str, Any]
-    state: str = "opened"
-    memory_bytes: int = 0
-    disk_bytes: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Calibration:
-        """Open a finished folder.
-
-        Raises:
-            InputError: not the output of `calibrate`, or a file is missing or not as long as the manifest says.
-        """
-        folder = Path(folder)
-        manifest = Manifest.read(folder)
-        if manifest is None or manifest.kind != KIND:
-            raise InputError("not a finished calibration", where=str(folder), hint="make it with `prismoe calibrate`")
-        try:
-            config = dict(manifest.config)
-            result = dict(config.pop("result"))
-            calibration = cls(
-                folder=folder,
-                source=str(manifest.parents["source"]),
-                num_layers=int(result["num_layers"]),
-                quantities=tuple(str(name) for name in config["quantities"]),
-                num_clusters=int(result["num_clusters"]),
-                num_sequences=int(result["num_sequences"]),
-                num_tokens=int(result["num_tokens"]),
-                loss=None if result["loss"] is None else float(result["loss"]),
-                cluster_domains=tuple(tuple(int(n) for n in row) for row in result["cluster_domains"]),
-                domains=tuple(str(name) for name in result["domains"]),
-                settings=config,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not a readable manifest ({error!r})", where=str(folder / "manifest.json")) from error
-        for layer in range(calibration.num_layers):
-            path, entry = folder / layer_file(layer), manifest.files.get(layer_file(layer))
-            size = path.stat().st_size if path.is_file() else None
-            if entry is None or size != entry["bytes"]:
-                raise InputError(
-                    "missing" if size is None else f"{size} bytes",
-                    where=str(path),
-                    needed=f"{entry['bytes']} bytes (manifest.json)" if entry else "an entry in manifest.json",
-                    hint="calibrate again",
-                )
-        return calibration
-
-    def layer(self, layer: int) -> NeuronStats:
-        """The statistics of one layer, checked.
-
-        Raises:
-            InputError: no such layer, or its file is damaged.
-        """
-        if not 0 <= layer < self.num_layers:
-            raise InputError(f"no layer {layer}", where=str(self.folder), needed=f"0 to {self.num_layers - 1}")
-        stats = NeuronStats.load(self.folder / layer_file(layer))
-        if stats.layer != layer:
-            raise InputError(f"holds layer {stats.layer}", where=str(self.folder / layer_file(layer)))
-        return stats
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {name: str(value) if name == "folder" else value for name, value in vars(self).items()}
-
-
-def layer_file(layer: int) -> str:
-    """Name of the file of one layer."""
-    return f"layer-{layer:05d}.safetensors"
-
-
-def _check(stats: NeuronStats, *, where: str) -> None:
     sizes: dict[str, int] = {}
     for name in ("num_neurons", "hidden_size", "num_tokens"):
         value = getattr(stats, name)

@@ -20,17 +20,16 @@ import numpy as np
 from prismoe.calibrate.needs import check_needs
 from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.text import Text, draw_text
+from prismoe.calibration import KIND, SEQUENCES, Calibration, layer_file
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, UsageError
 from prismoe.folder import MANIFEST, Manifest, claim, hash_files, sha256_file, versions
 from prismoe.progress import Progress, quiet
-from prismoe.stats import Calibration, layer_file
 from prismoe.train.fit import check_fit
 
 __all__ = ["CalibrateConfig", "Calibration", "calibrate"]
 
-KIND = "calibrate"
 LONGEST = 2048  # ids of a window where the config leaves it to us
 _NOT_IN_THE_RESULT = ("threads", "save_seconds")  # they change how fast and how often, not what
 
@@ -53,9 +52,9 @@ def calibrate(
     it is nats a token. (The published code takes the mean loss: its numbers are ours over seq_len - 1.)
 
     Memory: the weights of `layers_at_once` layers, embedding and head; activations of one batch through them; per
-    layer 8·(C + 4)·F bytes of sums, and 4·F² if co-activation is asked for. Nothing grows with the text: sampled
-    vectors and, between windows of layers, hidden states are on disk. A stopped call goes on when it is made again,
-    and gives the same bytes.
+    layer 32·F bytes of sums, and 4·F² if co-activation is asked for. Nothing grows with the text: sampled vectors,
+    importance by sequence and, between windows of layers, hidden states are on disk. A stopped call goes on when it
+    is made again, and gives the same bytes.
 
     Args:
         source: a dense checkpoint, its folder or hub name.
@@ -197,6 +196,6 @@ def _compute(job: _Job, out: Path, on_progress: Progress) -> None:
         key=job.key,
         parents=job.parents,
         config={**job.settings, "result": {**result, "loss": loss, "cluster_domains": composition.tolist()}},
-        files=hash_files(out, map(layer_file, range(planned.num_layers))),
+        files=hash_files(out, [SEQUENCES, *map(layer_file, range(planned.num_layers))]),
     ).write(out)
     shutil.rmtree(sweep.scratch)

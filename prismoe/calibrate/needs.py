@@ -33,16 +33,16 @@ def estimate(dense: DenseConfig, text: Text, config: CalibrateConfig) -> Needs:
     weights = layers * (3 * d * f + d * heads + dense.num_heads * dense.head_dim * d)
     weights += dense.vocab_size * d * (1 if dense.tie_embeddings else 2)
     clusters = len(text.domains) if config.clusters == "domains" else int(config.clusters)
-    sums = 8 * f * ((clusters if "importance" in config.quantities else 0) + 4)
-    sums += 4 * f * f * ("coactivation" in config.quantities)
+    importance = 4 * f * ("importance" in config.quantities)
+    sums = 32 * f + 4 * f * f * ("coactivation" in config.quantities)
     batch = config.batch_size * config.seq_len
     per_token = (6 * f + 8 * d + 3 * heads) * (layers if config.gradient else 1)
     row = {"inputs": 4 * d, "marks": 4 * config.marks_per_token, "scores": 2 * f}
     samples = len(text.samples) * sum(width for name, width in row.items() if name in config.quantities)
-    files = dense.num_layers * (samples + sums)
+    files = dense.num_layers * (samples + sums + clusters * importance)
     windows = -(-dense.num_layers // layers)
     waiting = (windows if config.gradient else 2) * (windows > 1)
-    scratch = layers * (samples + sums) + waiting * text.num_tokens * d * size
+    scratch = layers * (samples + sums + len(text) * importance) + waiting * text.num_tokens * d * size
     return Needs(
         # A layer's statistics are in memory once more while its file is written.
         memory_bytes=BASE_BYTES + HEAD_BYTES + weights * size + layers * sums + samples + batch * per_token * size,

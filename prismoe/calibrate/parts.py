@@ -49,13 +49,6 @@ class Parts:
             embedded: torch.Tensor = self._ends.get_input_embeddings()(ids_BT.to(self.device)) * self._factor
         return embedded
 
-    @staticmethod
-    def run(bases: list[Any], hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Through the layers, [B, T, D] to [B, T, D]."""
-        for base in bases:
-            hidden_BTD = base(inputs_embeds=hidden_BTD, use_cache=False).last_hidden_state
-        return hidden_BTD
-
     def loss(self, hidden_BTD: torch.Tensor, ids_BT: torch.Tensor) -> tuple[float, torch.Tensor]:
         """Language-model loss in nats, summed over the predicted tokens, and its gradient [B, T, D] by `hidden_BTD`.
 

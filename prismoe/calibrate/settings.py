@@ -68,6 +68,11 @@ class CalibrateConfig:
             raise UsageError("no quantities", where="calibrate.quantities", needed=needed)
 
     @property
+    def by_text(self) -> bool:
+        """Whether data clusters are to be found in the text."""
+        return isinstance(self.clusters, int) and self.clusters > 1
+
+    @property
     def gradient(self) -> bool:
         """Whether a backward pass is needed."""
         return "importance" in self.quantities or "scores" in self.quantities

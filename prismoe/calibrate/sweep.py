@@ -1,10 +1,10 @@
 """The passes over the text: which layers, forward or backward, in which order, and how a stopped one goes on.
 
-With all layers in memory there is one pass (and a short one before it where text is clustered). With a window of w
-layers, forward statistics take one pass per window, hidden states waiting on disk in between. The gradient needs the
-end of the model first: all windows but the last go forward and leave their input on disk, then, from the last to the
-first, each window goes forward again, this time with its graph, takes the gradient that the window above it left on
-disk, and leaves its own. That is one forward pass more than without windows, and L/w hidden states of the whole text.
+With all layers in memory there is one pass. With a window of w layers, forward statistics take one pass per window,
+hidden states waiting on disk in between. The gradient needs the end of the model first: all windows but the last go
+forward and leave their output on disk; then, from the last to the first, each window goes forward again, this time
+with its graph, takes the gradient that the window above it left on disk, and leaves its own. That is one forward pass
+more than without windows, and L/w hidden states of the whole text on disk. The arithmetic is the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,42 +25,35 @@ from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.states import States, read_progress, write_progress
 from prismoe.calibrate.text import Text
 from prismoe.calibrate.watch import Batch, Watch
+from prismoe.calibration import SEQUENCES, Sequences, layer_file
 from prismoe.checkpoint import Checkpoint
 from prismoe.progress import Progress
-from prismoe.stats import layer_file
 
-__all__ = ["EMBEDDED_TOKENS", "Pass", "Sweep", "passes"]
+__all__ = ["Pass", "Sweep", "passes"]
 
-EMBEDDED_TOKENS = 256  # of a sequence, for its mean hidden state: encoders of sentences look no further either
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """All text through layers `first` to `stop` - 1."""
+    """All text through layers `first` to `stop` - 1; forward passes measure nothing."""
 
-    kind: Literal["embed", "forward", "stats"]
+    kind: Literal["forward", "measure", "backward"]
     first: int
     stop: int
-    gradient: bool = False
 
     def __str__(self) -> str:
-        verb = {"embed": "embed", "forward": "forward", "stats": "backward" if self.gradient else "measure"}[self.kind]
-        return f"{verb} layers {self.first}-{self.stop - 1}"
+        return f"{self.kind} layers {self.first}-{self.stop - 1}"
 
 
 def passes(config: CalibrateConfig, num_layers: int) -> tuple[Pass, ...]:
     """The passes of a calibration, in order."""
     width = config.layers_at_once or num_layers
     windows = [(first, min(first + width, num_layers)) for first in range(0, num_layers, width)]
-    found = []
-    if isinstance(config.clusters, int) and config.clusters > 1:
-        middle = -(-num_layers // 2)
-        found += [Pass("embed", first, min(stop, middle)) for first, stop in windows if first < middle]
     if not config.gradient:
-        return (*found, *(Pass("stats", *window) for window in windows))
-    found += [Pass("forward", *window) for window in windows[:-1]]
-    return (*found, *(Pass("stats", *window, gradient=True) for window in reversed(windows)))
+        return tuple(Pass("measure", *window) for window in windows)
+    forward = [Pass("forward", *window) for window in windows[:-1]]
+    return (*forward, *(Pass("backward", *window) for window in reversed(windows)))
 
 
 class Sweep:
@@ -78,10 +71,12 @@ class Sweep:
         self.parts = Parts(checkpoint, dtype=self.dtype, device=self.device)
         self.passes = passes(config, self.dense.num_layers)
         self.nats = 0.0
-        self.labels_N = (
-            text.domain_ids.astype(np.int32) if config.clusters == "domains" else np.zeros(len(text), np.int32)
-        )
         self.num_clusters = len(text.domains) if config.clusters == "domains" else int(config.clusters)
+        self.labels_N = np.zeros(len(text), np.int32)
+        if config.clusters == "domains":
+            self.labels_N = text.domain_ids.astype(np.int32)
+        # k-means looks at hidden states in the middle of the model; the first pass that gets there leaves them.
+        self.middle = -(-self.dense.num_layers // 2) if config.by_text else 0
         self._saved = time.monotonic()
         self._saving = 0.0
 
@@ -91,7 +86,7 @@ class Sweep:
         return np.bincount(self.labels_N, minlength=self.num_clusters) * (self.text.seq_len - 1)
 
     def run(self) -> None:
-        """Go through the passes that are left; the layer files are in `out` afterwards."""
+        """Go through the passes that are left; the files of the result are in `out` afterwards."""
         step, arrays = read_progress(self._progress_file)
         start = int(step.get("pass", 0))
         if step:
@@ -99,28 +94,32 @@ class Sweep:
         for index in range(start, len(self.passes)):
             resumed = index == start and bool(step)
             self._run_pass(index, int(step["batches"]) if resumed else 0, arrays if resumed else {})
+        Sequences(
+            domain_ids=self.text.domain_ids,
+            windows=self.text.windows,
+            clusters=self.labels_N,
+            samples=self.text.samples,
+        ).save(self.out / SEQUENCES)
 
     def _run_pass(self, index: int, done: int, sums: dict[str, Array]) -> None:
         step = self.passes[index]
         bases = self.parts.layers(step.first, step.stop)
         watches = self._watches(step, sums, resumed=done > 0)
         files = self._files(step, resumed=done > 0)
-        handles = [
-            handle for watch, base in zip(watches, bases, strict=False) for handle in watch.attach(base.layers[0].mlp)
-        ]
         batches = list(self._batches())
+        handles = [h for watch, base in zip(watches, bases, strict=False) for h in watch.attach(base.layers[0].mlp)]
         try:
             for number in range(done, len(batches)):
                 first, stop = batches[number]
                 for watch in watches:
                     watch.batch = self._batch(first, stop)
-                (self._backward if step.gradient else self._forward)(step, bases, files, first, stop)
+                (self._backward if step.kind == "backward" else self._forward)(step, bases, files, first, stop)
                 self.on_progress(
                     f"calibrate batches: {step}", index * len(batches) + number + 1, len(self.passes) * len(batches)
                 )
-                if number + 1 < len(batches) and time.monotonic() - self._saved >= max(
-                    self.config.save_seconds, 20 * self._saving
-                ):
+                # Saving never takes more than a twentieth of the time, however slow the disk.
+                waited = time.monotonic() - self._saved
+                if number + 1 < len(batches) and waited >= max(self.config.save_seconds, 20 * self._saving):
                     self._save(index, number + 1, watches, files)
         finally:
             for handle in handles:
@@ -129,18 +128,13 @@ class Sweep:
 
     def _forward(self, step: Pass, bases: list[Any], files: dict[str, States], first: int, stop: int) -> None:
         with torch.no_grad():
-            hidden_BTD = self.parts.run(bases, self._entering(step, files, first, stop))
+            hidden_BTD = self._through(step, bases, files, first, self._entering(step, files, first, stop))
         if "hidden out" in files:
             files["hidden out"].write(first, hidden_BTD)
-        if "vectors" in files:
-            # The first token of a window draws attention whatever it says; its state is far from all others.
-            mean_BD = hidden_BTD[:, 1:].float().mean(dim=1, keepdim=True)
-            files["vectors"].write(first, mean_BD)
 
     def _backward(self, step: Pass, bases: list[Any], files: dict[str, States], first: int, stop: int) -> None:
-        entering_BTD = self._entering(step, files, first, stop)
-        entering_BTD.requires_grad_(step.first > 0)
-        hidden_BTD = self.parts.run(bases, entering_BTD)
+        entering_BTD = self._entering(step, files, first, stop).requires_grad_(step.first > 0)
+        hidden_BTD = self._through(step, bases, files, first, entering_BTD)
         if "gradient in" in files:
             gradient_BTD = files["gradient in"].read(first, stop, device=self.device)
         else:
@@ -154,34 +148,33 @@ class Sweep:
     def _entering(self, step: Pass, files: dict[str, States], first: int, stop: int) -> torch.Tensor:
         if step.first:
             return files["hidden in"].read(first, stop, device=self.device)
-        ids_BT = self.text.ids(first, stop)
-        return self.parts.embed(torch.from_numpy(ids_BT[:, :EMBEDDED_TOKENS] if step.kind == "embed" else ids_BT))
+        return self.parts.embed(torch.from_numpy(self.text.ids(first, stop)))
+
+    def _through(
+        self, step: Pass, bases: list[Any], files: dict[str, States], first: int, hidden_BTD: torch.Tensor
+    ) -> torch.Tensor:
+        for layer, base in zip(range(step.first, step.stop), bases, strict=True):
+            hidden_BTD = base(inputs_embeds=hidden_BTD, use_cache=False).last_hidden_state
+            if "vectors" in files and layer + 1 == self.middle:
+                # The first token of a window draws attention whatever it says, and its state is far from all others.
+                mean_BD = hidden_BTD.detach()[:, 1:].float().mean(dim=1, keepdim=True)
+                files["vectors"].write(first, mean_BD)
+        return hidden_BTD
 
     def _files(self, step: Pass, *, resumed: bool) -> dict[str, States]:
         """Scratch files of a pass: what it reads and what it leaves."""
-        last = self.dense.num_layers
-        if step.kind == "embed":
-            names = {"hidden in": f"embed-{step.first}"} if step.first else {}
-            ends = self.passes[self.passes.index(step) + 1].kind != "embed"
-            names |= {"vectors": "vectors"} if ends else {"hidden out": f"embed-{step.stop}"}
-            return self._open(names, resumed=resumed)
         names = {"hidden in": f"hidden-{step.first}"} if step.first else {}
-        if step.gradient:
-            names |= {"gradient in": f"gradient-{step.stop}"} if step.stop < last else {}
+        if step.kind == "backward":
+            names |= {"gradient in": f"gradient-{step.stop}"} if step.stop < self.dense.num_layers else {}
             names |= {"gradient out": f"gradient-{step.first}"} if step.first else {}
-        elif step.stop < last:
+        elif step.stop < self.dense.num_layers:
             names["hidden out"] = f"hidden-{step.stop}"
-        return self._open(names, resumed=resumed)
-
-    def _open(self, names: dict[str, str], *, resumed: bool) -> dict[str, States]:
-        def shape(name: str) -> tuple[int, int, int]:
-            length = min(EMBEDDED_TOKENS, self.text.seq_len) if name.startswith("embed") else self.text.seq_len
-            return len(self.text), 1 if name == "vectors" else length, self.dense.hidden_size
-
+        if step == next((one for one in self.passes if one.first < self.middle <= one.stop), None):
+            names["vectors"] = "vectors"
         return {
             role: States(
                 self.scratch / f"{name}.bin",
-                shape=shape(name),
+                shape=(len(self.text), 1 if name == "vectors" else self.text.seq_len, self.dense.hidden_size),
                 dtype=torch.float32 if name == "vectors" else self.dtype,
                 made=resumed or role.endswith(" in"),
             )
@@ -189,14 +182,14 @@ class Sweep:
         }
 
     def _watches(self, step: Pass, sums: dict[str, Array], *, resumed: bool) -> list[Watch]:
-        if step.kind != "stats":
+        if step.kind == "forward":
             return []
         watches = [
             Watch(
                 layer,
                 num_neurons=self.dense.intermediate_size,
                 hidden_size=self.dense.hidden_size,
-                num_clusters=self.num_clusters,
+                num_sequences=len(self.text),
                 num_samples=len(self.text.samples),
                 config=self.config,
                 scratch=self.scratch,
@@ -204,10 +197,8 @@ class Sweep:
             )
             for layer in range(step.first, step.stop)
         ]
-        for watch in watches:
-            watch.sums |= {
-                name: sums[f"{watch.layer}.{name}"] for name in watch.sums if f"{watch.layer}.{name}" in sums
-            }
+        for watch in watches if resumed else []:
+            watch.sums = {name: sums[f"{watch.layer}.{name}"] for name in watch.sums}
         return watches
 
     def _batches(self) -> Iterator[tuple[int, int]]:
@@ -219,9 +210,7 @@ class Sweep:
         length = self.text.seq_len
         low, high = np.searchsorted(self.text.samples, (first * length, stop * length)).tolist()
         return Batch(
-            clusters=self.labels_N[first:stop],
-            rows=self.text.samples[low:high] - first * length,
-            slots=slice(low, high),
+            sequences=slice(first, stop), rows=self.text.samples[low:high] - first * length, slots=slice(low, high)
         )
 
     @property
@@ -250,10 +239,9 @@ class Sweep:
             vectors_ND = files["vectors"].read(0, len(self.text), device=torch.device("cpu"))[:, 0].numpy()
             self.labels_N = cluster_sequences(vectors_ND, num_clusters=self.num_clusters, seed=self.config.seed)
         for watch in watches:
+            # With a gradient the middle of the model is behind us here; without one, labels are not asked for.
             stats = watch.finish(
-                num_tokens=self.text.num_tokens,
-                cluster_tokens=self.cluster_tokens,
-                sample_clusters=self.labels_N[self.text.samples // self.text.seq_len],
+                num_tokens=self.text.num_tokens, cluster_tokens=self.cluster_tokens, labels_N=self.labels_N
             )
             stats.save(self.out / layer_file(watch.layer))
         self._save(index + 1, 0, [], {role: states for role, states in files.items() if role.endswith(" out")})
@@ -261,5 +249,5 @@ class Sweep:
             watch.remove()
         for role, states in files.items():
             # What a forward pass has read, the backward pass of the same window reads again.
-            if not role.endswith(" out") and self.passes[index].kind != "forward":
+            if role == "vectors" or (role.endswith(" in") and self.passes[index].kind != "forward"):
                 states.remove()

@@ -24,18 +24,22 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What the hooks must know of the sequences that go through: data clusters [B], and which tokens are sampled.
+    """What the hooks must know of what goes through: which sequences of the text, and which tokens are sampled.
 
     Token `rows[i]` of the batch (b·T + t) has its place at `slots.start + i` of the sample.
     """
 
-    clusters: npt.NDArray[np.int32]
+    sequences: slice
     rows: npt.NDArray[np.int64]
     slots: slice
 
 
 class Watch:
-    """Sums and samples of one layer. `sums` is all its state beside the sample files, which are written in place."""
+    """Sums, samples and importance of one layer.
+
+    `sums` is all its state in memory. Sampled vectors and the importance of each sequence ([N, F]: data clusters may
+    be known later than it) are written in place to `files`.
+    """
 
     def __init__(
         self,
@@ -43,7 +47,7 @@ class Watch:
         *,
         num_neurons: int,
         hidden_size: int,
-        num_clusters: int,
+        num_sequences: int,
         num_samples: int,
         config: CalibrateConfig,
         scratch: Path,
@@ -59,16 +63,16 @@ class Watch:
             self.sums["rate"] = np.zeros(width, np.int64)
         if "coactivation" in asked:
             self.sums["coactivation"] = np.zeros((width, width), np.int32)
-        if "importance" in asked:
-            self.sums["importance"] = np.zeros((num_clusters, width))
+        float32 = np.dtype(np.float32)
         shapes = {
-            "inputs": (hidden_size, np.dtype(np.float32)),
-            "marks": (config.marks_per_token, np.dtype(np.int32)),
-            "scores": (width, np.dtype(ml_dtypes.bfloat16)),
+            "inputs": ((num_samples, hidden_size), float32),
+            "marks": ((num_samples, config.marks_per_token), np.dtype(np.int32)),
+            "scores": ((num_samples, width), np.dtype(ml_dtypes.bfloat16)),
+            "importance": ((num_sequences, width), float32),
         }
-        self.samples = {
-            name: _sample_file(scratch / f"{name}-{layer:05d}.bin", (num_samples, columns), dtype, made=resumed)
-            for name, (columns, dtype) in shapes.items()
+        self.files = {
+            name: _in_place(scratch / f"{name}-{layer:05d}.bin", shape, dtype, made=resumed)
+            for name, (shape, dtype) in shapes.items()
             if name in asked
         }
 
@@ -88,21 +92,19 @@ class Watch:
         """
         for name, value in self.sums.items():
             if not np.isfinite(value.min()) or not np.isfinite(value.max()):
-                raise NumericalError(
-                    f"{name} is not finite",
-                    where=f"layer {self.layer}",
-                    hint="look for damaged weights; if they are sound, calibrate with precision=fp32",
-                )
+                raise self._not_finite(name)
 
-    def finish(self, *, num_tokens: int, cluster_tokens: Array, sample_clusters: Array) -> NeuronStats:
+    def finish(self, *, num_tokens: int, cluster_tokens: Array, labels_N: Array) -> NeuronStats:
         """The statistics over `num_tokens` tokens, `cluster_tokens` [C] of them predicted in each data cluster."""
         self.check()
-        found: dict[str, Any] = dict(self.samples)
+        found: dict[str, Any] = {name: values for name, values in self.files.items() if name != "importance"}
         for name in ("mean", "mean_abs", "mean_square", "rate"):
             if name in self.sums:
                 found[name] = (self.sums[name] / num_tokens).astype(np.float32)
-        if "importance" in self.sums:
-            total = self.sums["importance"]
+        if "importance" in self.files:
+            total = np.zeros((len(cluster_tokens), self.num_neurons))
+            for label, sum_F in zip(labels_N, self.files["importance"], strict=True):
+                total[label] += sum_F
             kind = self.config.importance
             total = np.abs(total) if kind == "total" else total**2 if kind == "total_square" else total
             found["importance"] = (total / cluster_tokens[:, None]).astype(np.float32)
@@ -117,23 +119,25 @@ class Watch:
             num_neurons=self.num_neurons,
             hidden_size=self.hidden_size,
             num_tokens=num_tokens,
-            cluster_tokens=cluster_tokens,
-            sample_clusters=sample_clusters if self.samples else None,
             **found,
         )
 
     def flush(self) -> None:
-        """Put the sample files on the disk."""
-        for values in self.samples.values():
+        """Put the files on the disk."""
+        for values in self.files.values():
             values.flush()
 
     def remove(self) -> None:
-        """Delete the sample files."""
-        for values in self.samples.values():
+        """Delete the files."""
+        for values in self.files.values():
             Path(str(values.filename)).unlink(missing_ok=True)
 
+    def _not_finite(self, name: str) -> NumericalError:
+        hint = "look for damaged weights; if they are sound, calibrate with precision=fp32"
+        return NumericalError(f"{name} is not finite", where=f"layer {self.layer}", hint=hint)
+
     def _input(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if "inputs" in self.samples:
+        if "inputs" in self.files:
             self._keep("inputs", args[0].flatten(0, 1))
 
     def _hidden(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -152,14 +156,15 @@ class Watch:
     def _gradient(self, h_BTF: torch.Tensor, g_BTF: torch.Tensor) -> None:
         batch = self.batch
         assert batch is not None
-        if "importance" in self.sums:
+        if "importance" in self.files:
             sums_BF = importance_sums(h_BTF, g_BTF, kind=self.config.importance)
-            for cluster, sum_F in zip(batch.clusters, sums_BF, strict=True):
-                self.sums["importance"][cluster] += sum_F
-        if "scores" in self.samples:
+            if not np.isfinite(sums_BF).all():
+                raise self._not_finite("importance")
+            self.files["importance"][batch.sequences] = sums_BF
+        if "scores" in self.files:
             rows = torch.from_numpy(batch.rows).to(h_BTF.device)
             scores_SF = h_BTF.flatten(0, 1)[rows].float() * g_BTF.flatten(0, 1)[rows].float()
-            self.samples["scores"][batch.slots] = scores_SF.abs().cpu().numpy().astype(ml_dtypes.bfloat16)
+            self.files["scores"][batch.slots] = scores_SF.abs().cpu().numpy().astype(ml_dtypes.bfloat16)
 
     def _output(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if "output" in self.sums:
@@ -175,18 +180,18 @@ class Watch:
             self.sums["rate"] += np.bincount(marks_NK.reshape(-1), minlength=self.num_neurons)
         if "coactivation" in self.sums:
             count_pairs(self.sums["coactivation"], marks_NK)
-        if "marks" in self.samples:
+        if "marks" in self.files:
             assert self.batch is not None
-            self.samples["marks"][self.batch.slots] = marks_NK[self.batch.rows]
+            self.files["marks"][self.batch.slots] = marks_NK[self.batch.rows]
 
     def _keep(self, name: str, values_NX: torch.Tensor) -> None:
         assert self.batch is not None
         rows = torch.from_numpy(self.batch.rows).to(values_NX.device)
-        self.samples[name][self.batch.slots] = values_NX.detach()[rows].float().cpu().numpy()
+        self.files[name][self.batch.slots] = values_NX.detach()[rows].float().cpu().numpy()
 
 
-def _sample_file(path: Path, shape: tuple[int, int], dtype: np.dtype[Any], *, made: bool) -> np.memmap[Any, Any]:
-    """Samples live in a file from the start: memory does not grow with their number, and a stop loses none."""
+def _in_place(path: Path, shape: tuple[int, int], dtype: np.dtype[Any], *, made: bool) -> np.memmap[Any, Any]:
+    """A file from the start: memory does not grow with the text, and a stop loses nothing."""
     whole = path.is_file() and path.stat().st_size == shape[0] * shape[1] * dtype.itemsize
     if made and not whole:
         raise InputError("scratch file is gone or cut", where=str(path), hint="calibrate again with --force")
