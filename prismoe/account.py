@@ -49,7 +49,7 @@ class Account:
         return asdict(self)
 
 
-def account(dense: DenseConfig, shape: PlanShape, target: Target | str = "mixtral", *, pad_to: int = PAD_TO) -> Account:
+def account(dense: DenseConfig, shape: PlanShape, *, target: Target | str = "mixtral", pad_to: int = PAD_TO) -> Account:
     """Account for a plan on a dense model as `target` would store it. Reads nothing.
 
     The other targets' verdicts are in `accepted_by` and `objections`.

@@ -84,14 +84,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain.
-
-    `start_token`: every window opens with the tokenizer's start token, for models that were trained so.
-    """
+    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain."""
 
     seq_len: Positive | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 100_000
-    start_token: bool = False
     batch_size: Positive = 16
 
 

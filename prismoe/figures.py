@@ -84,8 +84,10 @@ def heldout_loss(evals: Sequence[Mapping[str, Any]]) -> str:
 @_styled
 def load(evals: Sequence[Mapping[str, Any]]) -> str:
     """Share of tokens per layer and expert over the mean share, before and after training (1 is balanced)."""
+    import matplotlib as mpl
     import numpy as np
 
+    colours = mpl.colormaps["cividis"].resampled(16)
     chosen = [evals[0], evals[-1]] if len(evals) > 1 else [evals[0]]
     grids = [np.array(row["load"]) * len(row["load"][0]) for row in chosen]
     layers, experts = grids[0].shape
@@ -93,16 +95,19 @@ def load(evals: Sequence[Mapping[str, Any]]) -> str:
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     top = max(2.0, float(max(grid.max() for grid in grids)))
     for axes, grid, row in zip(panels, grids, chosen, strict=True):
-        image = axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0.0, vmax=top)
+        # A mesh is drawn as shapes; an image would be a bitmap inside the page.
+        mesh = axes.pcolormesh(grid, cmap=colours, vmin=0.0, vmax=top, edgecolors="white", linewidth=0.5)
+        axes.invert_yaxis()
         axes.grid(visible=False)
         axes.set(xlabel="expert", title=f"step {row['step']}")
         axes.title.set_size(10)
-        axes.set_xticks(range(0, experts, max(1, experts // 8)))
-        axes.set_yticks(range(0, layers, max(1, layers // 16)))
+        for side, count, most in ((axes.xaxis, experts, 8), (axes.yaxis, layers, 16)):
+            shown = range(0, count, max(1, count // most))
+            side.set_ticks([index + 0.5 for index in shown], [str(index) for index in shown])
         if experts <= 8 and layers <= 16:
             _numbers(axes, grid, top)
     panels[0].set_ylabel("layer")
-    bar = figure.colorbar(image, ax=panels, location="bottom", shrink=0.7, aspect=40, pad=0.04)
+    bar = figure.colorbar(mesh, ax=panels, location="bottom", shrink=0.7, aspect=40, pad=0.04)
     bar.set_label("load / mean load")
     return _svg(figure)
 
@@ -156,7 +161,7 @@ def _look(index: int) -> dict[str, Any]:
 def _numbers(axes: Axes, grid: Any, top: float) -> None:
     for (layer, expert), value in ((place, grid[place]) for place in _places(grid.shape)):
         colour = "white" if value < 0.55 * top else "black"
-        axes.text(expert, layer, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.text(expert + 0.5, layer + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def _places(shape: tuple[int, int]) -> list[tuple[int, int]]:

@@ -154,12 +154,15 @@ def _scores(receipts: Mapping[str, Any], folder: Path) -> Section | None:
         caption = f"loss minus that of {models[0]}, nats per token ± standard error of the paired difference"
         tables.append(Table(["domain", *models[1:]], change, caption=caption))
     text = f"{summary('eval', receipt)}. The same windows for every model; computed in float32."
-    picture = Figure("Bits per byte of every model on the held-out text of every domain", _svg(figures.scores(receipt)))
+    picture = Figure(
+        "Bits per byte of every model on the held-out text of every domain", _svg("scores", figures.scores(receipt))
+    )
     return Section("scores", "Held-out scores", [text], tables, [picture], figures_first=True)
 
 
 def _change(row: Mapping[str, Any]) -> str:
-    return f"{row['change']:+.3f} ± {row['change_standard_error']:.3f}"
+    error = row["change_standard_error"]  # None where one document was scored
+    return f"{row['change']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _training(receipts: Mapping[str, Any], folder: Path) -> Section | None:
@@ -172,12 +175,16 @@ def _training(receipts: Mapping[str, Any], folder: Path) -> Section | None:
     from prismoe import figures
 
     pictures = [
-        Figure("Training loss (language modelling only)", _svg(figures.training_loss(steps))),
-        Figure("Held-out loss by domain", _svg(figures.heldout_loss(evals))),
+        Figure("Training loss (language modelling only)", _svg("training_loss", figures.training_loss(steps))),
+        Figure("Held-out loss by domain", _svg("heldout_loss", figures.heldout_loss(evals))),
     ]
     if "load" in evals[0]:
-        pictures.append(Figure("Load of every expert on held-out text (1 is balanced)", _svg(figures.load(evals))))
-        pictures.append(Figure("Busiest expert of the worst layer (1 is balanced)", _svg(figures.balance(steps))))
+        pictures.append(
+            Figure("Load of every expert on held-out text (1 is balanced)", _svg("load", figures.load(evals)))
+        )
+        pictures.append(
+            Figure("Busiest expert of the worst layer (1 is balanced)", _svg("balance", figures.balance(steps)))
+        )
     if "pretrain" not in receipts:
         return Section("training", "Training", [f"Not finished: {len(steps)} steps so far."], [], pictures, True)
     receipt = receipts["pretrain"]
@@ -242,7 +249,7 @@ def _certificate(receipts: Mapping[str, Any], folder: Path) -> Section | None:
     text = f"{summary('verify', receipt)}. Stock transformers classes, remote code off; {receipt['input']}."
     picture = Figure(
         "Size of the mixture's FFN output by layer (1 is the dense model's)",
-        _svg(figures.norm_ratios(receipt["layers"])),
+        _svg("norm_ratios", figures.norm_ratios(receipt["layers"])),
     )
     table = Table(["check", "", "measured", "limit", "what", "worst at"], rows, left=(1, 4, 5))
     return Section("certificate", "Certificate", [text], [table], [picture])
@@ -287,11 +294,7 @@ def _small(number: float | str) -> str:
     return number if isinstance(number, str) else f"{number:.1e}" if number else "0"
 
 
-_count = iter(range(1_000_000))
-
-
-def _svg(text: str) -> str:
+def _svg(name: str, text: str) -> str:
     """Make the ids of one drawing its own, since a page holds several."""
-    prefix = f"f{next(_count)}-"
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)

@@ -42,7 +42,10 @@ def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
     if manifest is not None and manifest.kind == "domain":
         from prismoe.data.shards import Domain
 
-        return {"kind": "domain", "folder": str(path), **Domain.open(path).to_dict()}
+        domain = Domain.open(path)
+        splits = {split: asdict(counts) for split, counts in domain.splits.items()}
+        facts = {"name": domain.name, "vocab_size": domain.vocab_size, "splits": splits}
+        return {"kind": "domain", "folder": str(path), **facts}
     if path.is_dir() and not (path / "config.json").is_file():
         found = f"a finished '{manifest.kind}' folder" if manifest else "nothing that prismoe knows"
         raise InputError(found, where=str(path), needed="a run folder, a model, a plan, a domain or a config")

@@ -83,7 +83,7 @@ def _plan(work: Work) -> dict[str, Any]:
     from prismoe.plan import plan_shape
 
     shape, convert = plan_shape(work.plan), work.config.convert
-    counted = account(work.checkpoint.family, shape, convert.target, pad_to=convert.pad_to)
+    counted = account(work.checkpoint.family, shape, target=convert.target, pad_to=convert.pad_to)
     if work.out is not None and not work.dry_run:
         work.plan.save(work.out / "plan.safetensors")
     origin = asdict(work.plan.origin)
@@ -158,8 +158,9 @@ def _eval(work: Work) -> dict[str, Any]:
     made = {"step 0": work.folder("moe"), "trained": work.folder("train/model")}
     models: dict[str, str | Path | Checkpoint] = {"dense": work.checkpoint}
     models |= {name: path for name, path in made.items() if path.is_dir()}
-    options = asdict(work.config.eval)
-    options["seq_len"] = options["seq_len"] or (work.config.pretrain.seq_len if work.config.pretrain else 512)
+    options, training = asdict(work.config.eval), work.config.pretrain
+    options["seq_len"] = options["seq_len"] or (training.seq_len if training else 512)
+    options["threads"] = training.threads if training else 0
     scores = evaluate(models, work.domains(), offline=work.offline, on_progress=work.on_progress, **options).to_dict()
     write_json_atomic(work.folder("scores.json"), scores)
     return scores
@@ -185,7 +186,7 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "plan": Stage(_plan, "plan.safetensors", (), lambda c: {"seed": c.seed, "plan": asdict(c.plan)}, dry=True),
+    "plan": Stage(_plan, "plan.safetensors", (), lambda c: {"seed": c.seed, "plan": _keys(c.plan)}, dry=True),
     "convert": Stage(_convert, "moe/manifest.json", ("plan",), lambda c: {"convert": asdict(c.convert)}, dry=True),
     "verify": Stage(_verify, "moe/certificate.json", ("convert",), lambda c: {"verify": asdict(c.verify)}),
     "prepare": Stage(_prepare, "data", (), lambda c: {"data": _texts(c)}, needs="data", dry=True),
@@ -193,13 +194,19 @@ STAGES: dict[str, Stage] = {
         _pretrain,
         "train/manifest.json",
         ("convert", "prepare"),
-        lambda c: {"seed": c.seed, "weights": c.need("data").weights, "pretrain": asdict(c.need("pretrain"))},
+        lambda c: {"seed": c.seed, "weights": c.need("data").weights, "pretrain": _keys(c.need("pretrain"))},
         needs="pretrain",
     ),
     "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs="data"),
     "report": Stage(_report, "report.html", (), lambda c: {}),
 }
 """Every stage in the order in which `run` takes them."""
+
+
+def _keys(section: Any) -> dict[str, Any]:
+    """A section's keys as the config file has them."""
+    found = asdict(section)
+    return {**found, **found.pop("arguments")}
 
 
 def _texts(config: Config) -> dict[str, Any]:

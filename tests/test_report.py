@@ -1,0 +1,163 @@
+"""The report: complete, self-contained, well-formed, and readable by everyone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prismoe import figures
+from prismoe.errors import InputError
+from prismoe.report import write_report
+from tests.runs import copy_of, finished
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Tags that do not match, every attribute, and the visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(" ".join(data.split()))
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return (finished()[0] / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_part_is_there_with_the_numbers_of_the_receipts(text: str) -> None:
+    page = Page(text)
+    for part in ("scores", "training", "plan", "certificate", "data", "stages", "machine", "config", "files"):
+        assert ("section", "id", part) in page.attributes
+    receipts = {done.stage: done.receipt for done in finished()[1]}
+    wanted = [f"{row['perplexity']:,.2f}" for row in receipts["eval"]["scores"]]
+    wanted += [f"{row['bits_per_byte']:.3f}" for row in receipts["eval"]["scores"]]
+    wanted += [check["meaning"] for check in receipts["verify"]["checks"]]
+    wanted += [row["sha256"] for row in receipts["convert"]["files"].values()]
+    wanted += [f"{receipts['plan']['account']['total_parameters']:,}"]
+    assert [word for word in wanted if word not in page.words] == []
+    assert text.count("<svg") == 6  # scores, two losses, two of load, norms
+
+
+def test_it_is_well_formed_and_every_id_is_one(text: str) -> None:
+    page = Page(text)
+    assert (page.wrong, page.open) == ([], [])
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    uses = {value for _, name, value in page.attributes if name in ("href", "xlink:href")}
+    uses |= {f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", text)}
+    assert uses <= {f"#{name}" for name in ids}
+
+
+def test_it_needs_nothing_from_elsewhere(text: str) -> None:
+    page = Page(text)
+    loads = [row for row in page.attributes if row[1] in ("src", "srcset", "href", "xlink:href", "data", "action")]
+    assert [row for row in loads if not row[2].startswith("#")] == []
+    assert not re.search(r"<(script|link|iframe|object|embed)|@import|url\((?!#)", text)
+
+
+def test_a_name_cannot_become_markup(tmp_path: Path) -> None:
+    out = copy_of(tmp_path)
+    state = json.loads((out / "run.json").read_text())
+    state["plan"]["receipt"]["source_name"] = "models/<img src=x onerror=alert(1)>&"
+    (out / "run.json").write_text(json.dumps(state))
+    text = write_report(out).read_text()
+    assert "<img" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt;&amp; as mixtral" in text
+
+
+def test_equal_runs_give_equal_reports(tmp_path: Path) -> None:
+    out = copy_of(tmp_path)
+    first = write_report(out).read_bytes()
+    free = re.compile(rb"[\d.]+ GB")  # disk and memory that happen to be free
+    assert free.sub(b"", write_report(out).read_bytes()) == free.sub(b"", first)
+
+
+def test_a_report_of_a_run_that_is_not_finished(tmp_path: Path) -> None:
+    out = copy_of(tmp_path)
+    state = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({key: state[key] for key in ("plan", "convert")}))
+    lines = (out / "train" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "train" / "metrics.jsonl").write_text("".join(lines[:4]))
+    text = write_report(out).read_text()
+    assert "Not finished: 3 steps so far." in text
+    assert 'id="scores"' not in text
+    assert 'id="plan"' in text
+    with pytest.raises(InputError, match="no finished plan; needed a run folder"):
+        write_report(tmp_path)
+
+
+def test_figures_draw_what_they_are_given() -> None:
+    evals = [{"step": step, "load": [[0.3, 0.2, 0.3, 0.2]] * 2, "heldout": {"a": {"loss": 2.0}}} for step in (0, 10)]
+    assert figures.load(evals).count(">1.2<") == 2 * 2 * 2  # a share of 0.3 among 4, twice a layer, 2 layers, 2 panels
+    assert figures.load(evals) == figures.load(evals)
+    svg = figures.norm_ratios([{"layer": 0, "kind": "partition", "norm_ratio": 0.5}, {"layer": 1, "kind": "dense"}])
+    assert svg.startswith("<svg")
+    assert "width=" not in svg.partition(">")[0]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2.1."""
+    channels = linear(colour)
+    return float(channels @ [0.2126, 0.7152, 0.0722])
+
+
+def linear(colour: str) -> np.ndarray:
+    values = np.array([int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5)])
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def test_text_has_contrast(text: str) -> None:
+    colours = dict(re.findall(r"--(ink|soft|good|bad): (#[0-9a-f]{6})", text))
+    assert set(colours) == {"ink", "soft", "good", "bad"}
+    assert {name: 1.05 / (luminance(colour) + 0.05) for name, colour in colours.items()} == pytest.approx(
+        dict.fromkeys(colours, 21), abs=21 - 4.5
+    )
+
+
+def seen(colour: str) -> Iterator[np.ndarray]:
+    """CIE Lab of a colour as seen with normal sight, without long and without medium cones (Viénot et al. 1999)."""
+    to_lms = np.array([[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]])
+    no_long = np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
+    no_medium = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for loss in (np.eye(3), no_long, no_medium):
+        rgb = np.clip(np.linalg.inv(to_lms) @ loss @ to_lms @ linear(colour), 0, 1)
+        xyz = np.cbrt(to_xyz @ rgb / (to_xyz @ np.ones(3)))
+        yield np.array([116 * xyz[1] - 16, 500 * (xyz[0] - xyz[1]), 200 * (xyz[1] - xyz[2])])
+
+
+def test_neighbouring_lines_differ_for_every_eye() -> None:
+    looks = list(zip(figures.COLOURS, figures.MARKERS, strict=True))
+    assert len({marker for _, marker in looks}) == len(looks)
+    for (first, _), (second, _) in combinations(looks[:4], 2):  # more lines than these are told apart by marker too
+        distances = [float(np.linalg.norm(a - b)) for a, b in zip(seen(first), seen(second), strict=True)]
+        assert min(distances) > 12, (first, second, distances)
