@@ -208,6 +208,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, domains, moe):
     small = tiny_dense(tmp_path / "small", vocab_size=100)
     assert "ids up to 127; needed below vocab_size 100" in refused(InputError, source=small)
     assert "over max_epochs 1 " in refused(UsageError, steps=400, max_epochs=1.0)
+    assert "of memory available; needed about" in refused(ResourceError, batch_size=600_000_000, max_epochs=1e12)
     assert "unknown 'noisy'" in refused(UsageError, router="noisy")
 
 
@@ -252,7 +253,23 @@ def test_a_router_that_cannot_learn_is_an_error(tmp_path, domains):
     config = PretrainConfig(**SHORT, arguments={"coefficient": 0.0})
     with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.gate, step 3: the router's gradient is zero"):
         pretrain(source, config, domains=domains, out=tmp_path / "out")
-    pretrain(source, PretrainConfig(**SHORT), domains=domains, out=tmp_path / "out", force=True)
+    trained = pretrain(source, PretrainConfig(**SHORT), domains=domains, out=tmp_path / "out", force=True)
+    assert not [text for text in trained.warnings if "balance" in text]
+
+
+def test_a_receipt_warns(tmp_path, domains):
+    """A balance loss that is off, and an expert that no token reaches (its router row points away from everything)."""
+    source = tiny_moe(tmp_path / "source")
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    # With every other logit at 0 and three of four rows equal, the last row decides; a tie takes the first experts.
+    tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+    settings = {**SHORT, "lr": 1e-12, "arguments": {"coefficient": 0.0}}
+    trained = pretrain(source, PretrainConfig(**settings), domains=domains, out=tmp_path / "out")
+    assert trained.warnings[0] == "the balance loss of router policy 'switch' is off (coefficient 0)"
+    assert "experts got no token of the held-out text (mixture layers 1)" in trained.warnings[1]
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])

@@ -19,7 +19,7 @@ MODULES = {
 }
 # From the ground up: a file or folder of prismoe/ imports only itself and what stands before it here.
 FLOORS = (
-    *("errors", "progress", "recipe", "registry", "folder", "tensorfile", "family", "checkpoint"),
+    *("errors", "progress", "recipe", "registry", "folder", "room", "tensorfile", "family", "checkpoint"),
     *("assignment", "stats", "calibration", "layerplan", "methods", "plan", "target", "targets", "account"),
     *("layout", "gather", "writer", "job", "convert", "verify"),
     *("data", "train", "calibrate", "evaluate", "generate"),

@@ -117,6 +117,21 @@ def test_stopped_before_the_first_step(tmp_path, source, domains, unstopped):
     assert contents(tmp_path / "out") == unstopped
 
 
+def test_a_signal_while_the_model_is_written_waits_for_its_end(tmp_path, source, domains, unstopped, monkeypatch):
+    out, rename, sent = tmp_path / "out", Path.rename, []
+
+    def renaming(path, target):
+        if not sent and "model" in Path(target).parent.name:
+            sent.append(target)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    assert pretrain(source, CONFIG, domains=domains, out=out).steps == 12
+    assert sent
+    assert contents(out) == unstopped
+
+
 def test_stopped_three_times(tmp_path, source, domains, unstopped):
     out = tmp_path / "out"
     for done in (2, 5, 9):

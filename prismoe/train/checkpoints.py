@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from prismoe.errors import InputError, ResourceError
@@ -45,8 +45,8 @@ def save(
         save_file({name: tensor.contiguous() for name, tensor in _tensors(model, optimizer)}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    except OSError as error:
-        raise ResourceError(f"cannot write: {error.strerror}", where=str(target)) from error
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"cannot write: {error}", where=str(target)) from error
     write_json_atomic(target / "state.json", state)
     fsync_folder(folder)
     files = hash_files(target, ["state.json", "state.safetensors"])

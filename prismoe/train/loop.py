@@ -177,6 +177,7 @@ def train(
     *,
     mixture: Mixture,
     out: Path,
+    stop: StopRequest,
     on_progress: Progress,
 ) -> Finished:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint under `out`.
@@ -184,7 +185,7 @@ def train(
     Writes `metrics.jsonl` and `checkpoints/` in `out`.
 
     Raises:
-        InterruptedRun: SIGINT or SIGTERM came; the state is saved.
+        InterruptedRun: `stop` was requested; the state is saved.
         NumericalError: a loss, gradient or router gradient that cannot be; no weight was changed by that step.
     """
     folder = out / "checkpoints"
@@ -199,7 +200,7 @@ def train(
     model.train()
     started = time.monotonic()
     try:
-        with watch(model) as routers, stop_on_signal() as stop:
+        with watch(model) as routers:
             run = _Run(model, config, mixture, routers, optimizer, log, stop, on_progress)
             for step in range(first, config.steps + 1):
                 due = step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.errors import InputError, NumericalError
+from prismoe.errors import InputError, NumericalError, ResourceError
 from prismoe.folder import fsync_folder, write_atomic
 
 __all__ = ["load_model", "random_model", "save_model", "stored_dtype"]
@@ -105,6 +106,7 @@ def save_model(model: Any, source: Checkpoint, out: Path) -> list[str]:
 
     Raises:
         NumericalError: a weight is not finite, or what was written is not what the model holds.
+        ResourceError: the disk is full or not writable.
     """
     dtype = stored_dtype(source)
     shutil.rmtree(out, ignore_errors=True)
@@ -112,8 +114,11 @@ def save_model(model: Any, source: Checkpoint, out: Path) -> list[str]:
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise NumericalError("has a value that is not finite", where=name, hint="lower lr; nothing was saved")
-    with _quiet_library():
-        model.save_pretrained(out, state_dict=state, max_shard_size="5GB")
+    try:
+        with _quiet_library():
+            model.save_pretrained(out, state_dict=state, max_shard_size="5GB")
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(f"cannot write: {error}", where=str(out)) from error
     shards = sorted(path.name for path in out.glob("*.safetensors*"))
     for path in out.iterdir():
         if path.name not in shards:

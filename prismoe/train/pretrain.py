@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import Manifest, claim, hash_files, sha256_file
 from prismoe.progress import Progress, quiet
+from prismoe.room import require_room
 from prismoe.train.fit import check_fit
 from prismoe.train.metrics import read_metrics
 from prismoe.train.routers import arguments_of
@@ -35,7 +37,8 @@ _NOT_IN_KEY = ("save_every", "keep")
 class Trained:
     """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after.
 
-    `mixture` is requested against achieved shares. `resumed_from` counts the steps that an earlier command had done;
+    `mixture` is requested against achieved shares. `warnings` says what a person should look at: a balance loss that
+    is off, experts without a token of held-out text. `resumed_from` counts the steps that an earlier command had done;
     `seconds` and `tokens_per_second` speak of this command and are None when nothing was left to do.
     """
 
@@ -51,6 +54,7 @@ class Trained:
     router: str | None
     router_gradient_norm: tuple[float, float] | None
     idle_experts: int | None
+    warnings: list[str]
     resumed_from: int
     seconds: float | None
     tokens_per_second: float | None
@@ -102,6 +106,9 @@ def pretrain(
             "no weights", where=str(checkpoint.folder), hint="pretrain.init=random trains from the config alone"
         )
     check_fit(checkpoint, mixture.domains, seq_len=config.seq_len)
+    if config.init == "source":
+        num_parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+        _check_room(out, config, num_parameters=num_parameters, vocab_size=checkpoint.config.get("vocab_size", 0))
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
     parents = {"source": checkpoint.fingerprint, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
     decisive = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_KEY}
@@ -130,15 +137,17 @@ def _train(
     on_progress: Progress,
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
     from prismoe.train.device import matmul_kernel, num_threads
-    from prismoe.train.loop import train
+    from prismoe.train.loop import stop_on_signal, train
     from prismoe.train.model import load_model, random_model, save_model
 
-    with num_threads(config.threads), matmul_kernel(fast=config.fast_matmul):
+    # A signal that comes while the finished model is written is noted, and the writing goes on to its end.
+    with num_threads(config.threads), matmul_kernel(fast=config.fast_matmul), stop_on_signal() as stop:
         if config.init == "random":
             model = random_model(checkpoint.folder, seed=config.seed)
+            _check_room(out, config, num_parameters=model.num_parameters(), vocab_size=model.config.vocab_size)
         else:
             model = load_model(checkpoint.folder)
-        finished = train(model, config, mixture=mixture, out=out, on_progress=on_progress)
+        finished = train(model, config, mixture=mixture, out=out, stop=stop, on_progress=on_progress)
         files = save_model(model, checkpoint, out / "model")
     model_files = hash_files(out / "model", files)
     Manifest(kind=MODEL_KIND, parents={"source": checkpoint.fingerprint}, config=settings, files=model_files).write(
@@ -160,6 +169,7 @@ def _train(
         "router": config.router if finished.num_routers else None,
         "router_gradient_norm": [min(norms), max(norms)] if norms else None,
         "idle_experts": evals[-1].get("idle"),
+        "warnings": _warnings(config, finished.num_routers, evals[-1]),
     }
     return result, (finished.resumed_from, finished.seconds, finished.steps_run)
 
@@ -169,6 +179,28 @@ def _receipt(out: Path, result: dict[str, Any], *, resumed_from: int, seconds: f
     rate = result["tokens"] * steps_run / result["steps"] / seconds if seconds else None
     fields = {**result, "router_gradient_norm": None if norms is None else (norms[0], norms[1])}
     return Trained(model=out / "model", resumed_from=resumed_from, seconds=seconds, tokens_per_second=rate, **fields)
+
+
+def _warnings(config: PretrainConfig, num_routers: int, last: Mapping[str, Any]) -> list[str]:
+    found = []
+    if num_routers and config.arguments.get("coefficient") == 0:
+        found.append(f"the balance loss of router policy {config.router!r} is off (coefficient 0)")
+    if last.get("idle"):
+        layers = [str(number) for number, load in enumerate(last["load"]) if 0 in load]
+        found.append(f"{last['idle']} experts got no token of the held-out text (mixture layers {', '.join(layers)})")
+    return found
+
+
+def _check_room(out: Path, config: PretrainConfig, *, num_parameters: int, vocab_size: int) -> None:
+    """Weights, gradients and two moments in float32, and three copies of the logits; activations come on top."""
+    tokens = (config.micro_batch_size or config.batch_size) * config.seq_len
+    checkpoints = config.keep + 1 if config.save_every else 1
+    require_room(
+        out,
+        disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
+        memory_bytes=16 * num_parameters + 12 * tokens * vocab_size,
+        hint="a smaller micro_batch_size or keep, or a larger machine",
+    )
 
 
 def _domain_hash(domain: Domain) -> str:

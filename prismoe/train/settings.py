@@ -24,8 +24,9 @@ class PretrainConfig:
     at once). `init` "random" draws the weights anew from the config of the source instead of reading them.
     Learning rate: linear warm-up over `warmup_steps`, half-cosine to `min_lr_ratio` · `lr`. Weight decay spares
     norms and biases. `clip` is the largest global gradient norm. `precision` "bf16" computes matrix products in
-    bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (twice as fast
-    on some AMD CPUs, lower precision on others): it is tried once against float64 and refused when off by > 1e-5.
+    bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (on some AMD CPUs
+    twice as fast for large products, slower for small experts; lower precision on others): it is tried once against
+    float64 and refused when off by > 1e-5.
     `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own.
     `eval_every` and `save_every` count steps (0: only at the ends); `eval_tokens` bounds the held-out tokens read
     per domain; `keep` is how many training checkpoints stay. A run that would
