@@ -87,7 +87,7 @@ def test_scale_note_only_where_folding_rounds() -> None:
 
 
 def test_verdicts_name_the_field() -> None:
-    found = account(LLAMA2_7B, shape(LLAMA2_7B, 8, 2, 1024, shared=2816), "granitemoeshared")
+    found = account(LLAMA2_7B, shape(LLAMA2_7B, 8, 2, 1024, shared=2816), target="granitemoeshared")
     assert found.accepted_by == ("granitemoeshared",)
     assert [objection.field for objection in found.objections["mixtral"]] == ["shared_width"]
     assert [objection.field for objection in found.objections["qwen3_moe"]] == ["qk_norm", "shared_width"]
@@ -113,7 +113,7 @@ def test_counts_equal_the_lowered_tensors(
     """Total and bytes against the sum over every recipe's output shape."""
     checkpoint = Checkpoint.open(tiny_dense(tmp_path, family, tie_word_embeddings=family == "qwen2"))
     plan = make_plan(checkpoint, method=method, **arguments)  # type: ignore[arg-type]
-    found = account(checkpoint.family, plan_shape(plan), target)
+    found = account(checkpoint.family, plan_shape(plan), target=target)
     recipes = lower(checkpoint, plan, find_target(target))
     numbers = sum(_numbers(recipe, checkpoint) for recipe in recipes.values())
     assert found.total_parameters + found.padding_parameters == numbers
