@@ -58,6 +58,8 @@ def _stages(job: Job) -> dict[str, Any]:
             job.screen.stage(done.stage, done.state, views.summary(done.stage, done.receipt), done.seconds)
         elif done.stage == job.verb:
             views.view(job.screen, done.stage, done.receipt)
+        for warning in done.receipt.get("warnings", ()) if several or done.stage == job.verb else ():
+            job.screen.warning(f"{done.stage}: {warning}")
 
     with job.screen.progress() as on_progress:
         result = run(
@@ -71,7 +73,9 @@ def _stages(job: Job) -> dict[str, Any]:
         )
     if several and "eval" in (receipts := {done.stage: done.receipt for done in result.stages}):
         views.view(job.screen, "eval", receipts["eval"])
-    return result.to_dict() if several else result.of(job.verb) if not job.flags.dry_run or result.stages else {}
+    if not result.stages:
+        job.screen.note(f"{job.verb}: the config is right; there is nothing else to check before the work itself")
+    return result.to_dict() if several or not result.stages else result.of(job.verb)
 
 
 def _verify(job: Job) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class Screen:
         self.out = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
         self.err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
 
+    @property
+    def width(self) -> int:
+        """Columns that a line of results has."""
+        return self.out.width
+
     def title(self, text: str) -> None:
         """A heading above what follows."""
         if not self.json:
@@ -92,10 +97,9 @@ class Screen:
             return
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
         for column, side in zip(columns, justify or "l" + "r" * (len(columns) - 1), strict=True):
-            # Numbers are never folded; text is, where the terminal is too narrow.
-            table.add_column(
-                Text(column), justify="left" if side == "l" else "right", no_wrap=side == "r", overflow="fold"
-            )
+            # Names and numbers are never folded; text is, where the terminal is too narrow.
+            whole = side == "r" or not table.columns
+            table.add_column(Text(column), justify="left" if side == "l" else "right", no_wrap=whole, overflow="fold")
         for row in rows:
             table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
         self._show(table)

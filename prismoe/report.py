@@ -199,7 +199,8 @@ def _training(receipts: Mapping[str, Any], folder: Path) -> Section | None:
         for share in receipt["mixture"]
     ]
     mix = Table(["domain", "requested", "achieved", "tokens", "epochs"], rows, caption="what was trained on")
-    return Section("training", "Training", [summary("pretrain", receipt) + "."], [mix], pictures, figures_first=True)
+    texts = [summary("pretrain", receipt) + ".", *(f"Warning: {text}." for text in receipt["warnings"])]
+    return Section("training", "Training", texts, [mix], pictures, figures_first=True)
 
 
 def _plan(receipts: Mapping[str, Any], folder: Path) -> Section:

@@ -145,10 +145,13 @@ def _pretrain(work: Work) -> dict[str, Any]:
         weights=work.config.need("data").weights,
         out=work.folder("train"),
         force=work.force,
+        dry_run=work.dry_run,
         offline=work.offline,
         on_progress=work.on_progress,
     )
-    assert trained is not None, "only a dry run has no receipt"
+    if trained is None:  # a dry run: everything fits
+        settings = work.config.need("pretrain")
+        return {"steps": settings.steps, "tokens": settings.steps * settings.batch_size * settings.seq_len}
     return trained.to_dict()
 
 
@@ -206,7 +209,8 @@ STAGES: dict[str, Stage] = {
 def _keys(section: Any) -> dict[str, Any]:
     """A section's keys as the config file has them."""
     found = asdict(section)
-    return {**found, **found.pop("arguments")}
+    found |= found.pop("arguments")
+    return {key: value for key, value in found.items() if key not in ("save_every", "keep")}  # they change no result
 
 
 def _texts(config: Config) -> dict[str, Any]:

@@ -98,8 +98,10 @@ def _verify(screen: Screen, receipt: Receipt) -> None:
     rows: list[list[str | Text]] = []
     for check in receipt["checks"]:
         limit, measured = "" if check["limit"] is None else _small(check["limit"]), _small(check["measured"])
-        rows.append([_mark(check["passed"]), check["name"], measured, limit, check["meaning"], check["where"]])
-    screen.table(["", "check", "measured", "limit", "what", "worst at"], rows, justify="llrrll")
+        rows.append([_mark(check["passed"]), check["name"], measured, check["meaning"], limit, check["where"]])
+    heads, sides = ["", "check", "measured", "what", "limit", "worst at"], "llrlrl"
+    shown = 6 if screen.width >= 120 else 4  # a narrow terminal would fold every line
+    screen.table(heads[:shown], [row[:shown] for row in rows], justify=sides[:shown])
     ratios = [(row["layer"], row["norm_ratio"]) for row in receipt["layers"] if row["kind"] != "dense"]
     screen.line(f"inputs: {receipt['num_tokens']} tokens, {receipt['input']}", style="dim")
     screen.line("")
@@ -131,11 +133,21 @@ def _prepare(screen: Screen, receipt: Receipt) -> None:
         cells = [count_text(train[key]) for key in ("num_documents", "num_tokens")]
         cells += [bytes_text(train["num_bytes"]), f"{per_token:.2f}"]
         rows.append([row["name"], *cells, count_text(held["num_documents"]), count_text(held["num_tokens"])])
-    columns = ["domain", "documents", "tokens", "text", "bytes/token", "held-out documents", "tokens"]
+    columns = ["\ndomain", "train\ndocuments", "\ntokens", "\ntext", "bytes/\ntoken", "held out\ndocuments", "\ntokens"]
     screen.table(columns, rows)
+    for row in receipt["domains"]:
+        unknown = sum(split["num_unknown"] for split in row["splits"].values())
+        tokens = sum(split["num_tokens"] for split in row["splits"].values())
+        if unknown:
+            share = 100 * unknown / tokens
+            screen.line(f"note: {row['name']}: {share:.2g} % of the tokens are unknown to the tokenizer", style="dim")
+        if row["num_empty"]:
+            screen.line(f"note: {row['name']}: {row['num_empty']} empty documents left out", style="dim")
 
 
 def _pretrain_line(receipt: Receipt) -> str:
+    if "first_loss" not in receipt:
+        return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens: model, domains and settings fit"
     loss = f"loss {receipt['first_loss']:.3f} → {receipt['last_loss']:.3f}"
     rate = receipt.get("tokens_per_second")
     speed = f", {count_text(rate)} tokens/s" if rate else ""
@@ -143,6 +155,8 @@ def _pretrain_line(receipt: Receipt) -> str:
 
 
 def _pretrain(screen: Screen, receipt: Receipt) -> None:
+    if "mixture" not in receipt:
+        return
     shares = {row["name"]: row for row in receipt["mixture"]}
     rows = []
     for name, before in receipt["heldout_before"].items():
@@ -150,7 +164,8 @@ def _pretrain(screen: Screen, receipt: Receipt) -> None:
         asked = [f"{100 * share[key]:.1f} %" for key in ("requested", "achieved")] if share else ["", ""]
         epochs = f"{share['epochs']:.2f}" if share else ""
         rows.append([name, *asked, epochs, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"])
-    screen.table(["domain", "requested", "achieved", "epochs", "held-out loss at step 0", "at the end", "change"], rows)
+    heads = ["\ndomain", "share\nrequested", "\nachieved", "\nepochs", "held-out loss\nstep 0", "\nend", "\nchange"]
+    screen.table(heads, rows)
     facts = {"model": receipt["model"]}
     if receipt["router"]:
         low, high = receipt["router_gradient_norm"]
