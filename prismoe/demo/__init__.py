@@ -82,8 +82,11 @@ def demo(
     views.view(screen, "verify", result.of("verify"))
     views.view(screen, "eval", result.of("eval"))
     screen.title("what each writes after a prompt (one seeded draw, temperature 0.7)")
-    rows = [[prompt if model == "dense" else "", model, _one_line(text)] for prompt, model, text in samples]
-    screen.table(["prompt", "model", "continuation"], rows)
+    for prompt in PROMPTS:
+        screen.line(f"{prompt}…", style="cyan")
+        for _, model, text in (sample for sample in samples if sample[0] == prompt):
+            for index, line in enumerate(_few_lines(text)):
+                screen.line(f"  {model if index == 0 else '':8} │ {line}", style="dim" if model == "step 0" else "")
     report = (out / "report.html").resolve()
     screen.title("the report")
     screen.line(report.as_uri())
@@ -120,5 +123,6 @@ def _samples(out: Path, on_progress: Progress) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\n", "⏎ ").strip()[:180]
+def _few_lines(text: str, most: int = 3, width: int = 90) -> list[str]:
+    """The first lines with something on them, as they stand."""
+    return [line[:width] for line in text.rstrip().splitlines() if line.strip()][:most]
