@@ -173,12 +173,15 @@ class _Meter:
         meters[name].last = done
         return meters[name]
 
-    def text(self, done: int, total: int) -> str:
-        text = f"{done:,}/{total:,}" if total else f"{done:,}"
+    def text(self, name: str, done: int, total: int) -> str:
+        """Done of total, rate and time left; work with "bytes" in its name is counted in them."""
+        show = bytes_text if "bytes" in name.split() else "{:,}".format
+        text = f"{show(done)}/{show(total)}" if total else show(done)
         elapsed, made = time.monotonic() - self.began, done - self.first
         if made and elapsed > 0.5:
             rate = made / elapsed
-            text += f" · {count_text(rate) if rate >= 10 else format(rate, '.2g')}/s"
+            per_second = show(rate) if show is bytes_text else count_text(rate) if rate >= 10 else f"{rate:.2g}"
+            text += f" · {per_second}/s"
             if done < total:
                 text += f" · {seconds_text((total - done) / rate)} left"
         return text
@@ -200,8 +203,12 @@ def _bars(console: Console) -> Iterator[Progress]:
         def report(what: str, done: int, total: int) -> None:
             name, _, detail = what.partition(": ")
             if name not in tasks:
+                for finished in [
+                    other for other, task in tasks.items() if bars.tasks[bars.task_ids.index(task)].finished
+                ]:
+                    bars.remove_task(tasks.pop(finished))  # what is done makes room
                 tasks[name] = bars.add_task(name, total=total or None, detail="", measure="")
-            measure = _Meter.of(meters, name, done).text(done, total)
+            measure = _Meter.of(meters, name, done).text(name, done, total)
             bars.update(tasks[name], completed=done, total=total or None, detail=detail, measure=measure)
 
         yield report
@@ -221,5 +228,5 @@ class _Log:
         if now - meter.told < LOG_EVERY_S and not finished:
             return
         meter.told = now
-        line = f"{name}  {meter.text(done, total)}" + (f"  {detail}" if detail else "")
+        line = f"{name}  {meter.text(name, done, total)}" + (f"  {detail}" if detail else "")
         self.console.print(Text(line), soft_wrap=True)

@@ -131,7 +131,7 @@ def prepare(
             pass
     for job in todo:
 
-        def on_bytes(count: int, what: str = f"prepare {job.name}", base: int = done) -> None:
+        def on_bytes(count: int, what: str = f"bytes tokenised: {job.name}", base: int = done) -> None:
             on_progress(what, base + count, total)
 
         made[job.name] = _make(job, encoder, on_bytes=on_bytes)
