@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.draws import row_normals, tensor_normals
 from prismoe.errors import InputError
 from prismoe.layout import Piece, lay_out, recipe_tensor
-from prismoe.recipe import Copy, Fill, Recipe, Take
+from prismoe.recipe import Copy, Draws, Fill, Recipe, Take
 from prismoe.tensorfile import DTYPES, ITEM_BYTES
 
 __all__ = ["Gatherer", "draw", "execute"]
@@ -34,7 +35,7 @@ def draw(fill: Fill) -> Array:
     elif fill.std == 0.0:
         numbers = np.zeros(fill.shape)
     else:
-        numbers = np.random.Generator(np.random.Philox(key=fill.key)).standard_normal(fill.shape) * fill.std
+        numbers = tensor_normals(fill.key, fill.shape, repeat=fill.repeat) * fill.std
     with np.errstate(over="ignore"):
         made = np.ascontiguousarray(numbers.astype(DTYPES[fill.dtype]))
     if not _finite(_bits(made), fill.dtype):
@@ -99,11 +100,11 @@ class Gatherer:
             self._read(recipe.source, low, out)
         else:
             self._take(piece, recipe, low, high, np.frombuffer(out, _unsigned(piece.dtype)))
-        factor = recipe.factor if isinstance(recipe, Take) else 1.0
-        looked_at = piece.check or factor != 1.0
+        changed = isinstance(recipe, Take) and recipe.changes
+        looked_at = piece.check or changed
         if looked_at and not _finite(np.frombuffer(out, _unsigned(piece.dtype)), piece.dtype):
             raise InputError(
-                "holds NaN or infinity" + (f" (after the factor {factor:g})" if factor != 1.0 else ""),
+                "holds NaN or infinity" + (_change_text(recipe) if isinstance(recipe, Take) and changed else ""),
                 where=f"{self._checkpoint.tensors[recipe.source].file}: {recipe.source}",
                 needed="finite weights",
                 hint="the checkpoint is damaged; fetch it again",
@@ -145,15 +146,18 @@ class Gatherer:
         index = self._index(take)
         stored = self._checkpoint.array(take.source)
         bits = _bits(stored).reshape(len(stored), -1)
-        for start in range(0, len(out), ROWS if take.axis or take.factor != 1.0 else len(out)):
-            block = out[start : start + ROWS] if take.axis or take.factor != 1.0 else out
+        step = ROWS if take.axis or take.changes else len(out)
+        for start in range(0, len(out), step):
+            block = out[start : start + step]
             at = row + start
             # "clip" lets NumPy write straight into `out`; the index was checked when the output was laid out.
             if take.axis:
                 np.take(bits[at : at + len(block)], index, axis=1, out=block, mode="clip")
             else:
                 np.take(bits, index[at : at + len(block)], axis=0, out=block, mode="clip")
-            if take.factor != 1.0:
+            if take.draws is not None:
+                _draw_rows(block.view(stored.dtype), take, take.draws, at)
+            elif take.factor != 1.0:
                 _scale(block.view(stored.dtype), take.factor)
             if take.axis and take.pad:
                 block[:, len(take.index) :] = 0
@@ -170,6 +174,30 @@ def _scale(block: Array, factor: float) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         wide = block.astype(np.float64 if block.dtype == np.float64 else np.float32)
         block[...] = np.multiply(wide, factor, dtype=wide.dtype).astype(block.dtype)
+
+
+def _draw_rows(block: Array, take: Take, draws: Draws, first: int) -> None:
+    """Put the drawn numbers into rows [first, first + len(block)), then the factor; round once to the stored dtype."""
+    exact: Any = np.float64 if block.dtype == np.float64 else np.float32
+    factor, width = take.factor, len(take.index) if take.axis else block.shape[1]
+    redrawn = np.isin(np.arange(first, first + len(block)), draws.slots) if not take.axis else None
+    for i, line in enumerate(block):
+        anew = draws.slots if redrawn is None else slice(None) if redrawn[i] else np.empty(0, np.intp)
+        if redrawn is not None and not redrawn[i] and not draws.noise:
+            if factor != 1.0:
+                _scale(line, factor)
+            continue
+        normals = row_normals(draws.key, stream=draws.stream, row=first + i, count=width).astype(exact)
+        if draws.noise or factor != 1.0:
+            wide = line[:width].astype(exact) + normals * exact(draws.noise)
+            wide[anew] = draws.mean + normals[anew] * exact(draws.std)
+            line[:width] = (wide * exact(factor)).astype(block.dtype)
+        else:  # what is not drawn keeps every bit
+            line[anew] = (draws.mean + normals[anew] * exact(draws.std)).astype(block.dtype)
+
+
+def _change_text(take: Take) -> str:
+    return f" (after the factor {take.factor:g})" if take.factor != 1.0 else " (after noise or redrawn neurons)"
 
 
 def _unsigned(dtype: str) -> npt.DTypeLike:

@@ -84,6 +84,11 @@ def _take_tensor(recipe: Take, tensors: Tensors, key: str) -> tuple[str, tuple[i
         raise InputError(f"index {found} of shape {index.shape}", where=where, needed=f"a list within 0..{length - 1}")
     if not math.isfinite(recipe.factor) or recipe.pad < 0:
         raise InputError(f"factor {recipe.factor}, pad {recipe.pad}", where=where, needed="finite, and pad ≥ 0")
+    slots = recipe.draws.slots if recipe.draws is not None else index[:0]
+    if slots.size and not 0 <= slots.min() <= slots.max() < index.size:
+        raise InputError(
+            f"draws at {slots.min()}..{slots.max()}", where=where, needed=f"places within 0..{index.size - 1}"
+        )
     shape = list(info.shape)
     shape[recipe.axis] = index.size + recipe.pad
     return info.dtype, tuple(shape)
@@ -134,6 +139,8 @@ def lay_out(recipes: Mapping[str, Recipe], tensors: Tensors, *, max_shard_bytes:
 def _passes_all(recipe: Copy | Take, tensors: Tensors) -> bool:
     if isinstance(recipe, Copy):
         return True
+    if recipe.draws is not None:
+        return False  # a number that is drawn anew hides what stood there
     length = tensors[recipe.source].shape[recipe.axis]
     return recipe.index.size >= length and np.unique(recipe.index).size == length
 
@@ -159,7 +166,7 @@ def _atoms(recipe: Recipe, tensors: Tensors) -> Iterator[Copy | Take | Fill]:
     elif isinstance(recipe, Take):
         info = tensors[recipe.source]
         length = info.shape[recipe.axis]
-        same = recipe.factor == 1.0 and recipe.index.size == length
+        same = not recipe.changes and recipe.index.size == length
         same = same and bool((recipe.index == np.arange(length)).all())
         if recipe.axis == 0:
             yield Copy(recipe.source) if same else replace(recipe, pad=0)

@@ -12,10 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe import registry
+from prismoe.calibration import Calibration
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, UsageError
-from prismoe.folder import write_atomic
-from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, layer_problem
+from prismoe.folder import MANIFEST, sha256_file, write_atomic
+from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, layer_problem, no_statistics
+from prismoe.planfile import pack_layer, unpack_layer
+from prismoe.rescale import Scale, rescaled
+from prismoe.routerinit import Router
 from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
 
 __all__ = [
@@ -31,7 +35,7 @@ __all__ = [
 ]
 
 FORMAT = "prismoe-plan-1"
-MAX_EXPERTS, MAX_NEURONS = 4096, 1 << 20  # a damaged header must not ask for more memory than this
+MAX_NEURONS = 1 << 20  # a damaged header must not ask for more memory than this
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Origin:
     arguments: dict[str, Any]
     seed: int
     source: str  # fingerprint of the dense checkpoint (sha256 over config and tensor headers)
+    calibration: str = ""  # sha256 of its manifest; empty where none was given
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,32 +117,46 @@ def make_plan(
     layers: str | int | Sequence[int] = "all",
     top_k: int = 2,
     seed: int = 0,
+    scale: Scale = "auto",
+    router: str = "auto",
+    calibration: str | Path | Calibration | None = None,
     **arguments: Any,
 ) -> Plan:
-    """Plan how the FFN of each selected layer becomes experts. Needs no weights unless the method looks at them.
+    """Plan how the FFN of each selected layer becomes experts. Needs weights and statistics only where a method,
+    router or scale looks at them.
 
     Args:
         source: a checkpoint, its folder or hub name; `config.json` alone will do.
-        method: a file of `prismoe/methods`; `arguments` are its keyword parameters.
+        method: a file of `prismoe/methods`; `arguments` are its keyword parameters and those of `router`.
         layers: see `select_layers`; the others stay dense.
-        top_k: experts per token.
+        top_k: experts per token. A method that makes a single expert has it always on.
         seed: of everything that draws.
+        scale: factor on the routed output: "auto" is the method's own, see `prismoe.rescale` for the other names.
+        router: a file of `prismoe/routerinit`, or "from:FILE"; "auto" is the method's own rows, else "random".
+        calibration: what `calibrate` made of this checkpoint.
 
     Raises:
-        UsageError: an unknown method or argument, more active experts than there are, a width that does not divide.
-        InputError: the checkpoint is not one that prismoe reads.
+        UsageError: an unknown method, router or argument, more active experts than there are, a width that does not
+            divide, statistics that are needed and not there.
+        InputError: the checkpoint is not one that prismoe reads, or the calibration is another checkpoint's.
+        NumericalError: weights or statistics that are not finite.
     """
     checkpoint = Checkpoint.open(source)
     dense = checkpoint.family
     split = registry.load("prismoe.methods", method, where="method").split
-    bound = registry.arguments(split, arguments, where=f"method {method}")
+    init = Router.choose(router, arguments, known=registry.keywords(split))
+    bound = registry.arguments(split, init.others, where=f"method {method}")
+    factor = registry.arguments(rescaled, {"scale": scale}, where="plan")
     if not 0 <= seed < 2**63:
         raise UsageError(f"{seed}", where="seed", needed="a whole number from 0 to 2**63 - 1")
     if top_k < 1:
         raise UsageError(f"{top_k}", where="top_k", needed="at least 1")
+    if "num_experts" not in bound:
+        top_k = 1  # such a method makes a single expert
     num_experts = bound.get("num_experts", top_k)
     if top_k > num_experts:
         raise UsageError(f"{top_k} of {num_experts} experts", where="top_k", needed=f"at most {num_experts}")
+    statistics = None if calibration is None else _calibration(calibration, checkpoint)
     plans: list[LayerPlan | None] = [None] * dense.num_layers
     for index in select_layers(layers, dense.num_layers):
         view = LayerView(
@@ -147,17 +166,38 @@ def make_plan(
             top_k=top_k,
             seed=seed,
             ffn=lambda index=index: checkpoint.ffn(index),  # type: ignore[misc]
+            stats=no_statistics if statistics is None else lambda index=index: statistics.layer(index),  # type: ignore[misc]
         )
-        plans[index] = split(view, **bound)
+        plans[index] = rescaled(view, init.apply(view, split(view, **bound)), **factor)
+    made_with = {**bound, **init.arguments, "router": init.name, "scale": scale}
+    origin = Origin(
+        method=method,
+        arguments=made_with,
+        seed=seed,
+        source=checkpoint.fingerprint,
+        calibration="" if statistics is None else sha256_file(statistics.folder / MANIFEST),
+    )
     plan = Plan(
         layers=tuple(plans),
         top_k=top_k,
         num_neurons=dense.intermediate_size,
         hidden_size=dense.hidden_size,
-        origin=Origin(method=method, arguments=bound, seed=seed, source=checkpoint.fingerprint),
+        origin=origin,
     )
     _check(plan, where=f"method {method}")
     return plan
+
+
+def _calibration(calibration: str | Path | Calibration, checkpoint: Checkpoint) -> Calibration:
+    found = calibration if isinstance(calibration, Calibration) else Calibration.open(calibration)
+    if found.source != checkpoint.fingerprint:
+        raise InputError(
+            f"a calibration of another checkpoint ({found.source[:12]}…)",
+            where=str(found.folder),
+            needed=f"one of {checkpoint.folder} ({checkpoint.fingerprint[:12]}…)",
+            hint="run prismoe calibrate on it",
+        )
+    return found
 
 
 def select_layers(layers: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -215,24 +255,9 @@ def _pack(plan: Plan) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
         if layer is None:
             rows.append(None)
             continue
-        copies = layer.experts.shape[1] == plan.num_neurons
-        router = asdict(layer.router) if isinstance(layer.router, RouterDraw) else "stored"
-        rows.append(
-            {
-                "num_experts": len(layer.experts),
-                "experts": "all neurons" if copies else "stored",
-                "shared": len(layer.shared),
-                "scale": float(layer.scale),
-                "router": router,
-            }
-        )
-        at = f"layers.{index}"
-        if not copies:
-            tensors[f"{at}.experts"] = layer.experts.astype(np.int32)
-        if len(layer.shared):
-            tensors[f"{at}.shared"] = layer.shared.astype(np.int32)
-        if router == "stored":
-            tensors[f"{at}.router"] = np.asarray(layer.router, np.float32)
+        row, stored = pack_layer(layer, at=f"layers.{index}", num_neurons=plan.num_neurons)
+        rows.append(row)
+        tensors |= stored
     body = {
         "top_k": plan.top_k,
         "num_neurons": plan.num_neurons,
@@ -262,29 +287,15 @@ def _unpack(path: Path) -> Plan:
 
     try:
         body = parse_json(header["plan"].encode(), where=where)
-        every = np.arange(_count(body["num_neurons"], MAX_NEURONS), dtype=np.int32)
-        layers: list[LayerPlan | None] = []
-        for index, row in enumerate(body["layers"]):
-            if row is None:
-                layers.append(None)
-                continue
-            at, router = f"layers.{index}", row["router"]
-            copies = np.broadcast_to(every, (_count(row["num_experts"], MAX_EXPERTS), len(every)))
-            experts = copies if row["experts"] == "all neurons" else stored(f"{at}.experts", "I32")
-            if experts.shape[:1] != copies.shape[:1]:
-                raise InputError(f"shape {list(experts.shape)}", where=f"{where}: {at}", needed=f"{len(copies)} rows")
-            layers.append(
-                LayerPlan(
-                    experts=experts,
-                    shared=stored(f"{at}.shared", "I32") if row["shared"] else np.empty(0, np.int32),
-                    router=stored(f"{at}.router", "F32") if router == "stored" else RouterDraw(**router),
-                    scale=row["scale"],
-                )
-            )
+        neurons = _count(body["num_neurons"], MAX_NEURONS)
+        layers = [
+            None if row is None else unpack_layer(row, stored, at=f"layers.{index}", where=where, num_neurons=neurons)
+            for index, row in enumerate(body["layers"])
+        ]
         plan = Plan(
             layers=tuple(layers),
             top_k=body["top_k"],
-            num_neurons=len(every),
+            num_neurons=neurons,
             hidden_size=_count(body["hidden_size"], 2**31 - 1),
             origin=Origin(**body["origin"]),
         )
@@ -313,7 +324,7 @@ def _check(plan: Plan, *, where: str) -> None:
 
 def _problem(plan: Plan) -> str:
     counts = {len(layer.experts) for layer in plan.layers if layer is not None and layer.experts.ndim == 2}
-    texts = (plan.origin.method, plan.origin.source)
+    texts = (plan.origin.method, plan.origin.source, plan.origin.calibration)
     if not isinstance(plan.origin.arguments, dict) or not all(isinstance(text, str) for text in texts):
         return f"origin {plan.origin}"[:80]
     if not counts:
@@ -323,8 +334,10 @@ def _problem(plan: Plan) -> str:
     if type(plan.top_k) is not int or not 1 <= plan.top_k <= min(counts):
         return f"top_k {plan.top_k} of {min(counts)} experts"
     for index, layer in enumerate(plan.layers):
-        if layer is not None and (
-            problem := layer_problem(layer, num_neurons=plan.num_neurons, hidden_size=plan.hidden_size)
-        ):
+        if layer is None:
+            continue
+        if problem := layer_problem(layer, num_neurons=plan.num_neurons, hidden_size=plan.hidden_size):
             return f"layer {index}: {problem}"
+        if plan.top_k % layer.group:
+            return f"layer {index}: top_k {plan.top_k} cuts a virtual group of {layer.group} experts"
     return ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from prismoe.errors import UsageError
 
-__all__ = ["arguments", "load", "names", "suggestion"]
+__all__ = ["arguments", "keywords", "load", "names", "suggestion"]
 
 
 def names(package: str) -> tuple[str, ...]:
@@ -47,11 +47,7 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], *, where: 
     from pydantic import TypeAdapter, ValidationError
 
     hints = typing.get_type_hints(function, include_extras=True)
-    known = {
-        name: parameter
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    known = keywords(function)
     problems = [f"unknown argument {name}; {suggestion(name, known)}" for name in given if name not in known]
     bound: dict[str, Any] = {}
     for name, parameter in known.items():
@@ -68,6 +64,15 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], *, where: 
     if problems:
         raise UsageError("; ".join(problems), where=where)
     return bound
+
+
+def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of `function`."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

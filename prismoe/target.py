@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, UsageError
 from prismoe.family import DenseConfig, check_tensors, tensor_shapes
 from prismoe.plan import LayerPlan, Plan, PlanShape, RouterDraw, plan_shape
-from prismoe.recipe import Copy, Fill, IntArray, Recipe, Stack, Take
+from prismoe.recipe import Copy, Draws, Fill, IntArray, Recipe, Stack, Take
 
 __all__ = ["Objection", "Rule", "Slot", "Target", "lower", "moe_config", "padded"]
 
@@ -180,36 +182,66 @@ class _Block:
     def routed(self, slot: Slot, plan: LayerPlan, width: int) -> dict[str, Recipe]:
         if "{e}" in slot.key:
             return {
-                slot.key.format(l=self.layer, e=e): self.single(slot, index, width, plan.scale)
+                slot.key.format(l=self.layer, e=e): self.single(slot, index, width, plan, expert=e)
                 for e, index in enumerate(plan.experts)
             }
-        parts = tuple(part for index in plan.experts for part in self._parts(slot, index, width, plan.scale))
+        parts = tuple(
+            part for e, index in enumerate(plan.experts) for part in self._parts(slot, index, width, plan, expert=e)
+        )
         shape = (len(plan.experts), *self._shape(slot, width))
         return {slot.key.format(l=self.layer): Stack(shape, parts)}
 
-    def single(self, slot: Slot, index: IntArray, width: int, scale: float = 1.0) -> Recipe:
-        parts = self._parts(slot, index, width, scale)
+    def single(
+        self, slot: Slot, index: IntArray, width: int, plan: LayerPlan | None = None, *, expert: int = 0
+    ) -> Recipe:
+        """One block of neurons: expert number `expert` of `plan`, or without a plan neurons as they are."""
+        parts = self._parts(slot, index, width, plan, expert=expert)
         return parts[0] if len(parts) == 1 else Stack(self._shape(slot, width), parts)
 
     def _shape(self, slot: Slot, width: int) -> tuple[int, int]:
         hidden = self.dense.hidden_size
         return (hidden, width) if slot.parts == ("down",) else (len(slot.parts) * width, hidden)
 
-    def _parts(self, slot: Slot, index: IntArray, width: int, scale: float) -> tuple[Copy | Take, ...]:
-        return tuple(self._part(part, index, width, scale if part == "down" else 1.0) for part in slot.parts)
+    def _parts(
+        self, slot: Slot, index: IntArray, width: int, plan: LayerPlan | None, *, expert: int
+    ) -> tuple[Copy | Take, ...]:
+        return tuple(
+            self._part(
+                part,
+                index,
+                width,
+                1.0 if plan is None else plan.factors[part],
+                None if plan is None else _draws(plan, part, layer=self.layer, expert=expert),
+            )
+            for part in slot.parts
+        )
 
-    def _part(self, part: str, index: IntArray, width: int, factor: float) -> Copy | Take:
+    def _part(self, part: str, index: IntArray, width: int, factor: float, draws: Draws | None) -> Copy | Take:
         source = f"model.layers.{self.layer}.mlp.{part}_proj.weight"
         neurons = self.dense.intermediate_size
-        if len(index) == width == neurons and factor == 1.0:
+        if len(index) == width == neurons and factor == 1.0 and draws is None:
             return Copy(source)  # upcycling moves whole tensors: the executor copies them inside the kernel
-        return Take(source, 1 if part == "down" else 0, index, factor, width - len(index))
+        return Take(source, 1 if part == "down" else 0, index, factor, width - len(index), draws)
+
+
+def _draws(plan: LayerPlan, part: str, *, layer: int, expert: int) -> Draws | None:
+    """What is drawn in one matrix of one expert. Each matrix of each expert has a stream of its own."""
+    redraw, noise, number = plan.redraw, plan.noise, ("gate", "up", "down").index(part)
+    if redraw is None and noise is None:
+        return None
+    seed = (redraw or noise).seed  # type: ignore[union-attr]
+    added = noise.std if noise is not None else 0.0
+    if redraw is None:
+        return Draws((seed, layer), 3 * expert + number, np.empty(0, np.int32), noise=added)
+    mean, std = map(float, redraw.moments[expert, number])
+    slots = redraw.slots[number % len(redraw.slots), expert]
+    return Draws((seed, layer), 3 * expert + number, slots, mean=mean, std=std, noise=added)
 
 
 def _router(plan: LayerPlan, layer: int, hidden_size: int, dtype: str) -> Fill:
     shape = (len(plan.experts), hidden_size)
     if isinstance(plan.router, RouterDraw):
-        return Fill(shape, dtype, std=plan.router.std, key=(plan.router.seed, layer))
+        return Fill(shape, dtype, std=plan.router.std, key=(plan.router.seed, layer), repeat=plan.group)
     return Fill(shape, dtype, rows=plan.router)
 
 

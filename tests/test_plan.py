@@ -130,7 +130,13 @@ def test_same_arguments_same_bytes(source: Path) -> None:
 def test_origin_is_enough_to_make_it_again(source: Path) -> None:
     plan = make_plan(source, num_experts=6, top_k=3, seed=9, layers=[1, 3])
     assert plan.origin.method == "random"
-    assert plan.origin.arguments == {"num_experts": 6, "shared": 0, "scale": "paper", "router_std": 0.02}
+    assert plan.origin.arguments == {
+        "num_experts": 6,
+        "shared": 0,
+        "router": "auto",
+        "router_std": 0.02,
+        "scale": "auto",
+    }
     again = make_plan(
         source, method=plan.origin.method, seed=plan.origin.seed, top_k=3, layers=[1, 3], **plan.origin.arguments
     )
@@ -191,7 +197,8 @@ def test_select_layers_refuses(layers: Any) -> None:
         ({"seed": -1}, "seed: -1; needed a whole number from 0 to 2**63 - 1"),
         (
             {"method": "randm"},
-            "method: unknown 'randm'; needed one of random, upcycle (hint: did you mean random?)",
+            "method: unknown 'randm'; needed one of clustering, coactivation, gradient, prune, random, router_first, "
+            "upcycle (hint: did you mean random?)",
         ),
         (
             {"num_expert": 4, "shard": 1},
@@ -199,9 +206,19 @@ def test_select_layers_refuses(layers: Any) -> None:
             "unknown argument shard; did you mean shared?",
         ),
         (
-            {"num_experts": "8", "scale": True},
+            {"num_experts": "8", "shared": True},
             "method random: num_experts is '8', input should be a valid integer; "
-            "scale is True, input should be a valid number or input should be 'paper'",
+            "shared is True, input should be a valid integer",
+        ),
+        (
+            {"scale": True},
+            "plan: scale is True, input should be a valid number or input should be 'auto', 'paper', 'mean', 'norm', "
+            "'unit', 'measured' or 'none'",
+        ),
+        (
+            {"router": "randm"},
+            "router: unknown 'randm'; needed one of centroid, prompts, random, regressed, stored, zero "
+            "(hint: did you mean random?)",
         ),
         ({"num_experts": 0}, "method random: num_experts is 0, input should be greater than or equal to 1"),
         (

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.draws import row_normals
 from prismoe.family import optional_tensor
 from prismoe.folder import Manifest, sha256_file
 from prismoe.gather import draw
 from prismoe.plan import Plan
 from prismoe.progress import Progress
-from prismoe.recipe import Copy, Fill, Recipe, Stack
+from prismoe.recipe import Copy, Draws, Fill, Recipe, Stack
 from prismoe.target import lower
 from prismoe.targets import find_target
 
@@ -102,7 +103,22 @@ def _make(recipe: Recipe, dense: Checkpoint) -> Array:
         return draw(recipe)
     assert not isinstance(recipe, Stack), "a stack holds no stack"
     taken = np.take(dense.array(recipe.source), recipe.index, axis=recipe.axis)
-    if recipe.factor != 1.0:
+    if recipe.draws is not None:
+        taken = _drawn(taken, recipe.draws, axis=recipe.axis, factor=recipe.factor)
+    elif recipe.factor != 1.0:
         taken = (taken.astype(np.float32) * np.float32(recipe.factor)).astype(taken.dtype)
     widths = [(0, recipe.pad if axis == recipe.axis else 0) for axis in range(taken.ndim)]
     return np.pad(taken, widths) if recipe.pad else taken
+
+
+def _drawn(taken: Array, draws: Draws, *, axis: int, factor: float) -> Array:
+    """The whole tensor at once: drawn places, noise elsewhere, the factor, one rounding."""
+    exact: Any = np.float64 if taken.dtype == np.float64 else np.float32
+    rows, columns = taken.shape
+    normals = np.stack([row_normals(draws.key, stream=draws.stream, row=row, count=columns) for row in range(rows)])
+    anew = np.zeros(taken.shape, dtype=bool)
+    np.moveaxis(anew, axis, 0)[draws.slots] = True
+    fresh = exact(draws.mean) + normals.astype(exact) * exact(draws.std)
+    kept = taken.astype(exact) + normals.astype(exact) * exact(draws.noise)
+    made: Array = (np.where(anew, fresh, kept) * exact(factor)).astype(taken.dtype)
+    return made

@@ -104,7 +104,7 @@ class _Chain:
     """Two streams of hidden states: the dense model's, and the converted model's in the setting that must equal it.
 
     That setting is all experts on for a partition and the model as it is for copies and dense layers. A plan that
-    shares neurons has none, and its second stream ends there.
+    shares, drops or changes neurons has none, and its second stream ends there.
     """
 
     def __init__(self, moe: Checkpoint, dense: Checkpoint, plan: Plan, worst: _Worst) -> None:
@@ -112,6 +112,10 @@ class _Chain:
         self.ignored = [name for name in dense.tensors if optional_tensor(dense.family, name)]
         neurons = dense.family.intermediate_size
         self.kinds = ["dense" if layer is None else reference.kind(layer, num_neurons=neurons) for layer in plan.layers]
+        self.equal = {"sharing", "changed"}.isdisjoint(self.kinds) and all(
+            plan is None or kind == "partition" or plan.scale == plan.group
+            for plan, kind in zip(plan.layers, self.kinds, strict=True)
+        )
         self.whole = "not reached"
 
     def run(self, ids_T: torch.Tensor, *, on_progress: Progress) -> list[LayerNumbers]:
@@ -133,7 +137,7 @@ class _Chain:
             rows.append(row)
         on_progress("verify layers", len(self.plan.layers), len(self.plan.layers))
         logits_TV = ends.logits(hidden_TD)
-        if "sharing" not in self.kinds:
+        if self.equal:
             self._logits(moe_ends.logits(equal_TD), logits_TV, "layer by layer")
         del ends, moe_ends
         self._load_whole(ids_T, logits_TV)
@@ -152,22 +156,16 @@ class _Chain:
         expected, found = dense.run(hidden_TD), moe.run(hidden_TD)
         ffn, x_TD = self.dense.ffn(layer), _float64(found.input_TD)
         parts = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "down_DF": ffn.down_DF}
-        weight_TF, wrong = None, None
-        if layer_plan is not None:
-            rows_ED, chosen_TK = (_numpy(part) for part in moe.route(found.input_TD))
-            logits_TE = x_TD @ rows_ED.astype(np.float64).T
-            wrong = reference.count_wrong_choices(logits_TE, chosen_TK)
-            if chosen_TK.shape[1] != self.plan.top_k:
-                wrong = len(chosen_TK)
-            gate_TE = reference.gates(logits_TE, chosen_TK)
-            weight_TF = reference.neuron_weights(layer_plan, gate_TE, num_neurons=len(ffn.gate_FD))
-            self.worst.add("routing", wrong, 0.0, where)
+        gate_TE, wrong = np.ones((len(x_TD), 1)), None
+        if layer_plan is not None and len(layer_plan.experts) > 1:  # one expert alone is always on, router or not
+            gate_TE, wrong = self._gates(moe, found.input_TD, layer)
+        planned_TD = _planned(x_TD, layer_plan, gate_TE, layer=layer, **parts)
         folding = 0.0 if layer_plan is None else _folding(layer_plan, self.dense, layer)
         row = LayerNumbers(
             layer=layer,
             kind=kind,
             input=_error(found.input_TD, expected.input_TD),
-            plan=_error(found.output_TD, reference.plan_ffn(x_TD, **parts, weight_TF=weight_TF)),
+            plan=_error(found.output_TD, planned_TD),
             routing=wrong,
             all_experts=self._all_experts(moe, layer, expected) if kind == "partition" else None,
             upcycled=self._upcycled(moe, layer_plan, expected) if kind == "upcycling" and layer_plan else None,
@@ -176,17 +174,27 @@ class _Chain:
         for name in ("input", "plan", "all_experts", "upcycled"):
             if (measured := getattr(row, name)) is not None:
                 self.worst.add(name, measured, LIMITS[name] + (0.0 if name == "input" else folding), where)
-        if "sharing" not in self.kinds:
+        if self.equal:
             with self._equal_setting([moe.module], [layer]):
                 equal_TD = moe.run(equal_TD).hidden_TD
         return row, expected.hidden_TD, equal_TD
+
+    def _gates(self, moe: stock.Layer, input_TD: torch.Tensor, layer: int) -> tuple[Array, int]:
+        """[T, E] gates of the experts that the stock router keeps, and for how many tokens it keeps wrong ones."""
+        rows_ED, chosen_TK = (_numpy(part) for part in moe.route(input_TD))
+        logits_TE = _float64(input_TD) @ rows_ED.astype(np.float64).T
+        wrong = reference.count_wrong_choices(logits_TE, chosen_TK)
+        if chosen_TK.shape[1] != self.plan.top_k:
+            wrong = len(chosen_TK)
+        self.worst.add("routing", wrong, 0.0, f"layer {layer}")
+        return reference.gates(logits_TE, chosen_TK), wrong
 
     def _all_experts(self, moe: stock.Layer, layer: int, expected: stock.FFNRun) -> float:
         with self._equal_setting([moe.module], [layer]):
             return _error(moe.ffn(expected.input_TD), expected.output_TD)
 
     def _upcycled(self, moe: stock.Layer, plan: LayerPlan, expected: stock.FFNRun) -> float:
-        return _error(moe.ffn(expected.input_TD), plan.scale * expected.output_TD)
+        return _error(moe.ffn(expected.input_TD), plan.scale / plan.group * expected.output_TD)
 
     def _equal_setting(self, modules: list[torch.nn.Module], layers: list[int]) -> AbstractContextManager[None]:
         """All experts on in those of `modules` (layers `layers`) that are partitions: they then equal the dense FFN."""
@@ -208,7 +216,7 @@ class _Chain:
         model, loading = stock.load_whole(self.moe)
         self.worst.count("loading", loading.problems)
         self.whole = "loaded whole by AutoModelForCausalLM, remote code off"
-        if loading.problems or "sharing" in self.kinds:
+        if loading.problems or not self.equal:
             return
         with self._equal_setting(list(model.model.layers), list(range(len(self.kinds)))), torch.no_grad():
             self._logits(model(input_ids=ids_T[None], use_cache=False).logits[0], expected_TV, "loaded whole")
@@ -222,10 +230,20 @@ class _Chain:
         self.worst.add("logits", float((found_TV - expected_TV).abs().max()), limit if lossless else None, where)
 
 
+def _planned(x_TD: Array, plan: LayerPlan | None, gate_TE: Array, *, layer: int, **parts: Array) -> Array:
+    """[T, D] what the plan (None: a dense layer) computes on the dense weights, in float64."""
+    if plan is None:
+        return reference.plan_ffn(x_TD, **parts)
+    if reference.kind(plan, num_neurons=len(parts["gate_FD"])) == "changed":
+        return reference.changed_ffn(x_TD, plan, gate_TE, layer=layer, **parts)
+    weight_TF = reference.neuron_weights(plan, gate_TE, num_neurons=len(parts["gate_FD"]))
+    return reference.plan_ffn(x_TD, **parts, weight_TF=weight_TF)
+
+
 def _folding(plan: LayerPlan, dense: Checkpoint, layer: int) -> float:
-    """Relative error that folding the scale into the down matrices may cost: none for a power of two."""
-    lossless = math.frexp(plan.scale)[0] == 0.5
-    return 0.0 if lossless else FOLDING.get(dense.tensors[f"model.layers.{layer}.mlp.down_proj.weight"].dtype, 0.0)
+    """Relative error that folding the scale into the matrices may cost: none for powers of two."""
+    rounded = sum(math.frexp(factor)[0] != 0.5 for factor in plan.factors.values())
+    return rounded * FOLDING.get(dense.tensors[f"model.layers.{layer}.mlp.down_proj.weight"].dtype, 0.0)
 
 
 def _error(found: torch.Tensor | Array, expected: torch.Tensor | Array) -> float:

@@ -6,25 +6,36 @@ one for a shared neuron and scale · Σ over the kept experts that hold neuron j
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.plan import LayerPlan
+from prismoe.draws import row_normals
+from prismoe.layerplan import LayerPlan
 
-__all__ = ["Matrix", "count_wrong_choices", "gates", "kind", "neuron_weights", "plan_ffn"]
+__all__ = ["Matrix", "changed_ffn", "count_wrong_choices", "gates", "kind", "neuron_weights", "plan_ffn"]
 
 Matrix = npt.NDArray[np.float64]
 _NEURON_BLOCK = 1024  # bounds the float64 copies to three blocks of [1024, D]
 
 
 def kind(plan: LayerPlan, *, num_neurons: int) -> str:
-    """ "partition" (each neuron once, counting shared ones), "upcycling" (each expert holds all) or "sharing"."""
-    held = np.bincount(plan.experts.ravel(), minlength=num_neurons)
-    num_experts = len(plan.experts)
-    if plan.shared.size == 0 and all(np.array_equal(np.unique(row), np.arange(num_neurons)) for row in plan.experts):
-        return "partition" if num_experts == 1 else "upcycling"
-    once = held + np.bincount(plan.shared, minlength=num_neurons)
-    return "partition" if np.all(once == 1) else "sharing"
+    """What must equal the dense FFN.
+
+    "partition" (each neuron once, counting shared ones): with all experts on. "upcycling" (each virtual group holds
+    each neuron that is not shared once): as it is. "sharing" (overlapping experts, or neurons left out) and "changed"
+    (noise, redrawn neurons, a factor inside the activation): nothing does.
+    """
+    if plan.redraw is not None or plan.noise is not None or (plan.spread == "cube_root" and plan.scale != 1.0):
+        return "changed"
+    shared = np.bincount(plan.shared, minlength=num_neurons)
+    if np.all(np.bincount(plan.experts.ravel(), minlength=num_neurons) + shared == 1):
+        return "partition"
+    groups = plan.experts.reshape(len(plan.experts) // plan.group, -1)
+    copies = all(np.all(np.bincount(row, minlength=num_neurons) + shared == 1) for row in groups)
+    # Beside a shared expert the routed sum has to come out at exactly one.
+    return "upcycling" if copies and (not plan.shared.size or plan.scale == plan.group) else "sharing"
 
 
 def gates(router_logits_TE: Matrix, chosen_TK: npt.NDArray[np.int64]) -> Matrix:
@@ -55,6 +66,54 @@ def neuron_weights(plan: LayerPlan, gate_TE: Matrix, *, num_neurons: int) -> Mat
         np.add.at(held_EF[expert], neurons, 1.0)
     weight_TF = plan.scale * (gate_TE @ held_EF)
     return weight_TF + np.bincount(plan.shared, minlength=num_neurons)
+
+
+def changed_ffn(
+    x_TD: Matrix,
+    plan: LayerPlan,
+    gate_TE: Matrix,
+    *,
+    layer: int,
+    gate_FD: npt.NDArray[np.generic],
+    up_FD: npt.NDArray[np.generic],
+    down_DF: npt.NDArray[np.generic],
+) -> Matrix:
+    """[T, D] output in float64 of a plan that is "changed": every expert with weights of its own."""
+    only_shared = np.bincount(plan.shared, minlength=len(gate_FD)).astype(np.float64)
+    y_TD = plan_ffn(x_TD, gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF, weight_TF=only_shared[None])
+    power = {"down": (0.0, 0.0, 1.0), "sqrt": (0.0, 0.5, 0.5), "cube_root": (1 / 3, 1 / 3, 1 / 3)}[plan.spread]
+    for expert, neurons in enumerate(plan.experts):
+        gate_WD, up_WD, down_WD = (
+            _changed(weights[neurons], plan, plan.scale ** power[number], layer=layer, expert=expert, number=number)
+            for number, weights in enumerate((gate_FD, up_FD, down_DF.T))
+        )
+        y_TD += gate_TE[:, expert, None] * plan_ffn(x_TD, gate_FD=gate_WD, up_FD=up_WD, down_DF=down_WD.T)
+    return y_TD
+
+
+def _changed(
+    weights_WD: npt.NDArray[np.generic], plan: LayerPlan, factor: float, *, layer: int, expert: int, number: int
+) -> npt.NDArray[np.generic]:
+    """Weights of one expert, neurons first, with noise, redrawn neurons and factor; `number` is 0 gate, 1 up, 2 down.
+
+    Drawn weights are made in float32 and rounded to the stored dtype: their exact bits are part of the plan.
+    """
+    if plan.noise is None and plan.redraw is None:
+        return weights_WD.astype(np.float64) * factor
+    exact: Any = np.float64 if weights_WD.dtype == np.float64 else np.float32
+    found, (rows, columns) = weights_WD.astype(exact), weights_WD.shape if number < 2 else weights_WD.shape[::-1]
+    seed = (plan.noise or plan.redraw).seed  # type: ignore[union-attr]
+    stream = 3 * expert + number
+    normals = np.stack([row_normals((seed, layer), stream=stream, row=row, count=columns) for row in range(rows)])
+    normals = (normals if number < 2 else normals.T).astype(exact)
+    if plan.noise is not None:
+        found += exact(plan.noise.std) * normals
+    if plan.redraw is not None:
+        places = plan.redraw.slots[number % len(plan.redraw.slots), expert]
+        mean, std = plan.redraw.moments[expert, number].astype(exact)
+        found[places] = mean + std * normals[places]
+    made: npt.NDArray[np.generic] = (found * exact(factor)).astype(weights_WD.dtype)
+    return made
 
 
 def plan_ffn(
