@@ -174,12 +174,13 @@ def _newton_step(priced: Floats, labels: Ints, slack: Floats, excess: Ints, size
     # The ridge removes the one direction (all prices alike) that changes nothing.
     curvature[np.diag_indices_from(curvature)] += counts + 1e-3 * sizes + 1e-9
     step = width * np.linalg.solve(curvature, counts - sizes)
+    step -= np.sort(step)[len(step) // 2]
     limit = np.full(len(sizes), 2.0 * width)
-    for j in np.flatnonzero(excess):
+    for j in np.flatnonzero((np.abs(step) > limit) & (excess != 0)):
         margins = slack[labels == j] if excess[j] > 0 else priced[j, labels != j]
         rank = abs(int(excess[j])) - 1
         limit[j] = max(limit[j], float(np.partition(margins, rank)[rank]))
-    return np.clip(step - np.median(step), -limit, limit)
+    return np.clip(step, -limit, limit)
 
 
 def _augment(costs_KN: Floats, labels: Ints, excess: Ints, prices: Floats, dust: float) -> Floats:
@@ -191,7 +192,7 @@ def _augment(costs_KN: Floats, labels: Ints, excess: Ints, prices: Floats, dust:
     num_clusters = len(excess)
     columns = np.arange(num_clusters)
     while True:
-        order = np.argsort(labels, kind="stable")
+        order = labels.astype(np.int16).argsort(kind="stable")  # 16 bits are sorted by radix
         ends = np.cumsum(np.bincount(labels, minlength=num_clusters))
         starts = np.concatenate([[0], ends[:-1]])
         extra = costs_KN[:, order]
