@@ -1,6 +1,7 @@
 """The learning rate against the published numbers: warm-up to 2e-4 in 100 steps, half-cosine, floor 2e-5."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -29,8 +30,8 @@ def test_learning_rate_of_llama_moe(step, expected):
 
 def test_it_never_rises_after_the_warm_up_nor_leaves_its_band():
     rates = [learning_rate(step, **LLAMA_MOE) for step in range(13_600)]
-    assert all(later > earlier for earlier, later in zip(rates[:100], rates[1:100], strict=False))
-    assert all(later <= earlier for earlier, later in zip(rates[100:], rates[101:], strict=False))
+    assert all(later > earlier for earlier, later in pairwise(rates[:100]))
+    assert all(later <= earlier for earlier, later in pairwise(rates[100:]))
     assert min(rates[100:]) == pytest.approx(2e-5)
     assert max(rates) == 2e-4
 
