@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.text import Text
-from prismoe.errors import ResourceError
 from prismoe.family import DenseConfig
+from prismoe.room import require_room
 
 __all__ = ["Needs", "check_needs"]
 
@@ -57,29 +56,10 @@ def check_needs(dense: DenseConfig, text: Text, config: CalibrateConfig, *, out:
         ResourceError: the disk of `out` or (on a CPU) the memory is too small.
     """
     needs = estimate(dense, text, config)
-    existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
-    if needs.disk_bytes > free:
-        raise ResourceError(
-            f"{free / 1e9:.2f} GB free",
-            where=str(out),
-            needed=f"{needs.disk_bytes / 1e9:.2f} GB",
-            hint="fewer max_tokens or sample_tokens, or more layers_at_once",
-        )
-    available = _available_memory() if config.device == "cpu" else None
-    if available is not None and needs.memory_bytes > available:
-        raise ResourceError(
-            f"{available / 1e9:.2f} GB of memory available",
-            where="calibrate",
-            needed=f"about {needs.memory_bytes / 1e9:.2f} GB",
-            hint="set layers_at_once (fewer layers in memory), or a smaller batch_size",
-        )
+    require_room(
+        out,
+        disk_bytes=needs.disk_bytes,
+        memory_bytes=needs.memory_bytes if config.device == "cpu" else BASE_BYTES,
+        hint="a smaller batch_size, max_tokens or sample_tokens; for memory, fewer layers_at_once",
+    )
     return needs
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None  # not Linux: nothing to compare with
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

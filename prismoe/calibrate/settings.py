@@ -30,7 +30,7 @@ class CalibrateConfig:
     Text: about `max_tokens` tokens, from the domains by `weights` (a preset or fractions), in windows of `seq_len`
     (0: the model's positions, at most 2048), each opened with the start token if `start_token`.
     `layers_at_once` is how many layers are in memory (0: all); hidden states then wait on disk in between.
-    Work is saved every `save_seconds`, so that a stopped run loses no more.
+    Work is saved every `save_seconds` (0: after every batch), so that a stopped run loses no more.
     """
 
     quantities: tuple[str, ...] = ("activation", "importance", "marks", "inputs", "output")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Importance", "activation_sums", "count_pairs", "importance_sums", "largest"]
+__all__ = ["Importance", "activation_sums", "count_pairs", "importance_sums", "largest", "on_host"]
 
 Array = npt.NDArray[Any]
 Importance = Literal["l1", "square", "total", "total_square"]
@@ -26,7 +26,7 @@ def activation_sums(h_BTF: torch.Tensor, *, num_marks: int) -> tuple[dict[str, A
 
     With `num_marks` 0 the latter is [B, T, 0].
     """
-    if h_BTF.device.type != "cpu":
+    if not on_host(h_BTF):
         h_NF = h_BTF.flatten(0, 1).float()
         found = {"mean": h_NF, "mean_abs": h_NF.abs(), "mean_square": h_NF.square()}
         sums = {name: value.double().sum(0).cpu().numpy() for name, value in found.items()}
@@ -53,7 +53,7 @@ def activation_sums(h_BTF: torch.Tensor, *, num_marks: int) -> tuple[dict[str, A
 
 def importance_sums(h_BTF: torch.Tensor, g_BTF: torch.Tensor, *, kind: Importance) -> Array:
     """[B, F] float64: Σ_t κ(h·g) of each sequence, κ = |·| for "l1", (·)² for "square" and none for the totals."""
-    if h_BTF.device.type != "cpu":
+    if not on_host(h_BTF):
         scores_BTF = (h_BTF * g_BTF).double()
         scores_BTF = scores_BTF.abs() if kind == "l1" else scores_BTF.square() if kind == "square" else scores_BTF
         return np.asarray(scores_BTF.sum(1).cpu().numpy())
@@ -109,6 +109,11 @@ def count_pairs(counts_FF: npt.NDArray[np.int32], marks_NK: Array) -> None:
         counts_FF += np.triu(marked_NF.T @ marked_NF).astype(np.int32)
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether NumPy can look at it."""
+    return tensor.device.type == "cpu"
+
+
 def _numpy(tensor: torch.Tensor) -> Array:
     found: Array = tensor.detach().float().contiguous().numpy()
     return found
@@ -121,8 +126,13 @@ def _pieces(values_TF: Array) -> list[Array]:
 
 def _each(work: Callable[[int], Any], count: int) -> list[Any]:
     """Results in order, whatever the number of threads (as many as torch computes with)."""
+
+    def quiet(row: int) -> Any:
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused with its layer's name
+            return work(row)
+
     threads = min(torch.get_num_threads(), count)
     if threads < 2:
-        return [work(row) for row in range(count)]
+        return [quiet(row) for row in range(count)]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, range(count)))
+        return list(pool.map(quiet, range(count)))

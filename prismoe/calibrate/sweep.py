@@ -9,6 +9,7 @@ more than without windows, and L/w hidden states of the whole text on disk. The 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from prismoe.calibrate.text import Text
 from prismoe.calibrate.watch import Batch, Watch
 from prismoe.calibration import SEQUENCES, Sequences, layer_file
 from prismoe.checkpoint import Checkpoint
+from prismoe.errors import NumericalError
 from prismoe.progress import Progress
 
 __all__ = ["Pass", "Sweep", "passes"]
@@ -77,6 +79,7 @@ class Sweep:
             self.labels_N = text.domain_ids.astype(np.int32)
         # k-means looks at hidden states in the middle of the model; the first pass that gets there leaves them.
         self.middle = -(-self.dense.num_layers // 2) if config.by_text else 0
+        self._watching: list[Watch] = []
         self._saved = time.monotonic()
         self._saving = 0.0
 
@@ -104,7 +107,7 @@ class Sweep:
     def _run_pass(self, index: int, done: int, sums: dict[str, Array]) -> None:
         step = self.passes[index]
         bases = self.parts.layers(step.first, step.stop)
-        watches = self._watches(step, sums, resumed=done > 0)
+        watches = self._watching = self._watches(step, sums, resumed=done > 0)
         files = self._files(step, resumed=done > 0)
         batches = list(self._batches())
         handles = [h for watch, base in zip(watches, bases, strict=False) for h in watch.attach(base.layers[0].mlp)]
@@ -117,14 +120,17 @@ class Sweep:
                 self.on_progress(
                     f"calibrate batches: {step}", index * len(batches) + number + 1, len(self.passes) * len(batches)
                 )
-                # Saving never takes more than a twentieth of the time, however slow the disk.
-                waited = time.monotonic() - self._saved
-                if number + 1 < len(batches) and waited >= max(self.config.save_seconds, 20 * self._saving):
+                if number + 1 < len(batches) and self._due():
                     self._save(index, number + 1, watches, files)
         finally:
             for handle in handles:
                 handle.remove()
         self._finish(index, watches, files)
+
+    def _due(self) -> bool:
+        """Whether to save now: not so often that saving takes more than a twentieth of the time, unless asked to."""
+        wait = self.config.save_seconds and max(self.config.save_seconds, 20 * self._saving)
+        return time.monotonic() - self._saved >= wait
 
     def _forward(self, step: Pass, bases: list[Any], files: dict[str, States], first: int, stop: int) -> None:
         with torch.no_grad():
@@ -139,6 +145,11 @@ class Sweep:
             gradient_BTD = files["gradient in"].read(first, stop, device=self.device)
         else:
             nats, gradient_BTD = self.parts.loss(hidden_BTD, torch.from_numpy(self.text.ids(first, stop)))
+            if not math.isfinite(nats):
+                for watch in self._watching:  # one of them may know the layer
+                    watch.check()
+                hint = "look for damaged weights; if they are sound, calibrate with precision=fp32"
+                raise NumericalError("loss is not finite", where="calibrate", hint=hint)
             self.nats += nats
         hidden_BTD.backward(gradient_BTD)  # type: ignore[no-untyped-call]
         if "gradient out" in files:
@@ -235,6 +246,8 @@ class Sweep:
 
     def _finish(self, index: int, watches: list[Watch], files: dict[str, States]) -> None:
         """Leave the results of a pass, then the record that it is over, then delete what nobody needs any more."""
+        for watch in watches:
+            watch.check()
         if "vectors" in files:
             vectors_ND = files["vectors"].read(0, len(self.text), device=torch.device("cpu"))[:, 0].numpy()
             self.labels_N = cluster_sequences(vectors_ND, num_clusters=self.num_clusters, seed=self.config.seed)

@@ -175,6 +175,8 @@ class Watch:
         for name, value in sums.items():
             if name in self.sums:
                 self.sums[name] += value
+        if not self.config.num_marks:
+            return
         marks_NK = marks_BTK.reshape(-1, marks_BTK.shape[-1])
         if "rate" in self.sums:
             self.sums["rate"] += np.bincount(marks_NK.reshape(-1), minlength=self.num_neurons)
