@@ -192,7 +192,9 @@ def _augment(costs_KN: Floats, labels: Ints, excess: Ints, prices: Floats, dust:
     num_clusters = len(excess)
     columns = np.arange(num_clusters)
     while True:
-        order = labels.astype(np.int16).argsort(kind="stable")  # 16 bits are sorted by radix
+        order = labels.astype(np.int16 if num_clusters < 2**15 else np.int64).argsort(
+            kind="stable"
+        )  # 16 bits go by radix
         ends = np.cumsum(np.bincount(labels, minlength=num_clusters))
         starts = np.concatenate([[0], ends[:-1]])
         extra = costs_KN[:, order]

@@ -8,11 +8,7 @@ inertia never rises. Between sweeps over all rows, sweeps over the rows nearest 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -20,11 +16,9 @@ import numpy.typing as npt
 
 from prismoe.assignment import Floats, Ints, assign, equal_sizes, solve
 from prismoe.errors import NumericalError, UsageError
+from prismoe.products import Product, Rows, thin_product
 
 __all__ = ["Clusters", "balanced_kmeans"]
-
-Rows = npt.NDArray[np.float32]
-Product = Callable[[Rows, Rows], Rows]  # ([N, D], [K, D]) → [N, K]
 
 _BLOCKS = 2  # of a sweep; each re-assigns its share of the rows against the same sums
 _CHUNKS = 8  # of a block: contiguous rows, drawn anew for each sweep so that any two rows meet
@@ -32,7 +26,6 @@ _ACTIVE = 4  # one row in so many is near enough to a boundary for the sweeps in
 _INNER = 8
 _HALVINGS = 3
 _SEEDING_ROWS = 2048
-_LARGE = 1 << 22  # elements from which importing torch for its faster product pays
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +63,7 @@ def balanced_kmeans(
         UsageError: arguments that do not fit together.
         NumericalError: a row that is not finite, or of length zero under cosine.
     """
-    data = np.ascontiguousarray(rows, np.float32)
+    data = np.require(rows, np.float32, ["C", "W"])
     if data.ndim != 2 or not 1 <= num_clusters <= len(data):
         raise UsageError(
             f"rows of shape {data.shape} do not make {num_clusters} clusters",
@@ -88,11 +81,12 @@ def balanced_kmeans(
         raise UsageError(
             f"start has shape {first.shape}", where="start", needed=f"[{num_clusters}, {data.shape[1]}], finite"
         )
-    if metric == "cosine":
-        data = _unit(data)
-    mean, squares = _moments(data, centred=metric == "l2")
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is reported as an error of ours
+        if metric == "cosine":
+            data = _unit(data)
+        mean, squares = _moments(data, centred=metric == "l2")
     best: Clusters | None = None
-    with _product(large=data.size >= _LARGE) as product:
+    with thin_product(size=data.size) as product:
         for restart in range(restarts):
             generator = np.random.Generator(np.random.Philox(key=[seed, restart]))
             centres = _seeding(data, num_clusters, generator) if first is None or restart else first
@@ -290,52 +284,3 @@ def _seeding(data: Rows, num_clusters: int, generator: np.random.Generator) -> F
             weights[chosen] = 0.0
         chosen.append(int(generator.choice(len(sample), p=weights / weights.sum())))
     return sample[chosen].astype(np.float64)
-
-
-_threads = threading.Lock()
-_inside = [0, 0]  # descents under way, and torch's thread count before the first
-
-
-@contextmanager
-def _product(*, large: bool) -> Iterator[Product]:
-    """rows · centresᵀ in float32, on one thread, so that no sum depends on how many threads there are."""
-    if not large:
-        yield lambda rows, centres: rows @ centres.T
-        return
-    import torch
-
-    with _threads:
-        if not _inside[0]:
-            _inside[1] = torch.get_num_threads()
-        _inside[0] += 1
-        torch.set_num_threads(1)
-    try:
-        yield _fast_product()
-    finally:
-        with _threads:
-            _inside[0] -= 1
-            if not _inside[0]:
-                torch.set_num_threads(_inside[1])
-
-
-@cache
-def _fast_product() -> Product:
-    """oneDNN's float32 linear layer, about twice as fast as numpy with few centres, if it is there and exact enough."""
-    import torch
-
-    def onednn(rows: Rows, centres: Rows) -> Rows:
-        out = torch.ops.mkldnn._linear_pointwise(
-            torch.from_numpy(rows), torch.from_numpy(centres), None, "none", [], ""
-        )
-        result: Rows = out.numpy()
-        return result
-
-    generator = np.random.default_rng(0)
-    rows = generator.standard_normal((64, 1024), dtype=np.float32)
-    centres = generator.standard_normal((8, 1024), dtype=np.float32)
-    exact = rows.astype(np.float64) @ centres.T.astype(np.float64)
-    try:
-        worst = np.abs(onednn(rows, centres) - exact).max() / np.abs(exact).max()
-    except (AttributeError, RuntimeError, NotImplementedError):
-        worst = np.inf  # a torch without oneDNN, or one that moved this private operator
-    return onednn if worst < 1e-5 else lambda rows, centres: rows @ centres.T
