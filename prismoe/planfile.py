@@ -18,7 +18,7 @@ from prismoe.layerplan import LayerPlan, Noise, Redraw, RouterDraw
 __all__ = ["Tensors", "pack_layer", "unpack_layer"]
 
 MAX_EXPERTS = 4096  # a damaged header must not ask for more memory than this
-ALL, ALIKE = "all neurons", "all alike"
+ALL, ALIKE, STORED = "all neurons", "all alike", "stored"
 REQUIRED = {"num_experts", "experts", "shared", "scale", "router"}
 OPTIONAL = {"spread", "group", "noise", "redraw"}
 
@@ -35,7 +35,7 @@ def pack_layer(layer: LayerPlan, *, at: str, num_neurons: int) -> tuple[dict[str
     elif len(experts) > 1 and (experts == experts[0]).all():  # copies beside a shared expert: one row says it
         kind, tensors[f"{at}.experts"] = ALIKE, experts[:1]
     else:
-        kind, tensors[f"{at}.experts"] = "stored", experts
+        kind, tensors[f"{at}.experts"] = STORED, experts
     if len(layer.shared):
         tensors[f"{at}.shared"] = layer.shared.astype(np.int32)
     drawn = isinstance(layer.router, RouterDraw)
@@ -72,11 +72,11 @@ def unpack_layer(row: dict[str, Any], stored: Stored, *, at: str, where: str, nu
     if kind == ALL:
         experts = np.broadcast_to(np.arange(num_neurons, dtype=np.int32), (count, num_neurons))
     else:
-        experts = stored(f"{at}.experts", "I32")
-        if kind == ALIKE and len(experts) == 1:
+        experts, rows = stored(f"{at}.experts", "I32"), {ALIKE: 1, STORED: count}[kind]
+        if experts.shape[:1] != (rows,):
+            raise InputError(f"shape {list(experts.shape)}", where=f"{where}: {at}", needed=f"{rows} rows")
+        if kind == ALIKE:
             experts = np.broadcast_to(experts[0], (count, *experts.shape[1:]))
-        if experts.shape[:1] != (count,):
-            raise InputError(f"shape {list(experts.shape)}", where=f"{where}: {at}", needed=f"{count} rows")
     redraw = None
     if "redraw" in row:
         slots, moments = stored(f"{at}.redraw.slots", "I32"), stored(f"{at}.redraw.moments", "F32")

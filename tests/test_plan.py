@@ -72,7 +72,13 @@ def assert_equal(found: Plan, wanted: Plan) -> None:
         assert mine.experts.dtype == mine.shared.dtype == np.int32
         np.testing.assert_array_equal(mine.experts, other.experts)
         np.testing.assert_array_equal(mine.shared, other.shared)
-        assert mine.scale == other.scale
+        assert (mine.scale, mine.spread, mine.group) == (other.scale, other.spread, other.group)
+        assert mine.noise == other.noise
+        assert (mine.redraw is None) == (other.redraw is None)
+        if mine.redraw is not None and other.redraw is not None:
+            assert mine.redraw.seed == other.redraw.seed
+            np.testing.assert_array_equal(mine.redraw.slots, other.redraw.slots)
+            np.testing.assert_array_equal(mine.redraw.moments, other.redraw.moments)
         if isinstance(other.router, RouterDraw):
             assert mine.router == other.router
         else:

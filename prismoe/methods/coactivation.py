@@ -33,13 +33,12 @@ def split(
             "METIS is not installed", where="method coactivation", hint="pip install 'prismoe[metis]'"
         ) from None
     counts_FF = layer.stats().need("coactivation")
-    starts, neighbours, weights = _graph(counts_FF, edges)
-    options = pymetis.Options(seed=int(layer.generator().integers(2**31)))
     labels = np.zeros(layer.num_neurons, np.int64)
-    if num_experts > 1:
-        labels[:] = pymetis.part_graph(
-            num_experts, xadj=starts, adjncy=neighbours, eweights=weights, recursive=False, options=options
-        )[1]
+    starts, neighbours, weights = _graph(counts_FF, edges)
+    if num_experts > 1 and len(neighbours):
+        graph = pymetis.CSRAdjacency(adj_starts=starts, adjacent=neighbours)
+        options = pymetis.Options(seed=int(layer.generator().integers(2**31)))
+        labels[:] = pymetis.part_graph(num_experts, graph, eweights=weights, recursive=False, options=options)[1]
     labels = _made_equal(counts_FF, labels, num_experts)
     return LayerPlan(
         experts=np.argsort(labels, kind="stable").reshape(num_experts, width).astype(np.int32),
