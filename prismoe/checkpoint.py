@@ -9,7 +9,7 @@ import mmap
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -94,14 +94,18 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> DenseConfig:
-        """The configuration as one of the families we know.
+        """The configuration as one of the families we know; a dtype it does not name is that of the largest tensor.
 
         Raises:
             InputError: an unsupported family or feature, naming the field.
         """
         from prismoe.family import dense_config
 
-        return dense_config(self.config, where=str(self.folder / "config.json"))
+        dense = dense_config(self.config, where=str(self.folder / "config.json"))
+        if dense.dtype is None and self.tensors:
+            stored = max(self.tensors.values(), key=lambda info: info.nbytes).dtype
+            dense = replace(dense, dtype=np.dtype(DTYPES[stored]).name)
+        return dense
 
     @cached_property
     def side_files(self) -> tuple[Path, ...]:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.errors import InputError, ResourceError, UsageError
+from prismoe.errors import InputError, UsageError
 from prismoe.layout import Shard, lay_out
 from prismoe.plan import Plan, plan_shape
 from prismoe.recipe import Fill
+from prismoe.room import require_room
 from prismoe.target import lower, moe_config
 from prismoe.targets import find_target
 from prismoe.writer import BUFFER_BYTES
 
-__all__ = ["PLAN", "Job", "available_memory", "check_room", "is_shard", "prepare"]
+__all__ = ["PLAN", "Job", "check_room", "is_shard", "prepare"]
 
 PLAN = "plan.safetensors"
 MOST_WORKERS = 4  # shards at a time; more only adds memory, the disk is busy by then
@@ -87,32 +87,9 @@ def check_room(job: Job, out: Path) -> int:
 
     Shards that an earlier, stopped run finished are there already.
     """
-    existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
     there = sum(shard.nbytes for shard in job.shards if is_shard(out / shard.name, shard))
     needed = job.total_bytes - there + sum(map(len, job.side_files.values())) + len(job.plan_bytes) + (1 << 20)
-    if needed > free:
-        raise ResourceError(
-            f"{_size(free)} of disk free", where=str(out), needed=_size(needed), hint="free some space, or choose --out"
-        )
-    available = available_memory()
-    if available is not None and job.memory_bytes > available:
-        raise ResourceError(f"{_size(available)} of memory available", where="convert", needed=_size(job.memory_bytes))
-    return free
-
-
-def _size(count: int) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None  # not Linux: nothing to compare with
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return require_room(out, disk_bytes=needed, memory_bytes=job.memory_bytes)
 
 
 def is_shard(path: Path, shard: Shard) -> bool:

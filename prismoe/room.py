@@ -9,6 +9,8 @@ from prismoe.errors import ResourceError
 
 __all__ = ["available_memory", "require_room"]
 
+HINT = "free some space, or choose --out"
+
 
 def available_memory() -> int | None:
     """Bytes that can be had without swapping; None where the system does not say."""
@@ -19,8 +21,8 @@ def available_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def require_room(out: Path, *, disk_bytes: int, memory_bytes: int, hint: str = "") -> None:
-    """Refuse a job that the disk of `out` or the memory of this machine cannot hold.
+def require_room(out: Path, *, disk_bytes: int, memory_bytes: int = 0, hint: str = HINT) -> int:
+    """Refuse a job that the disk of `out` or the memory of this machine cannot hold; returns the disk's free bytes.
 
     Raises:
         ResourceError: naming what is there and what is needed.
@@ -32,7 +34,8 @@ def require_room(out: Path, *, disk_bytes: int, memory_bytes: int, hint: str = "
     available = available_memory()
     if available is not None and memory_bytes > available:
         needed = f"about {_size(memory_bytes)}"
-        raise ResourceError(f"{_size(available)} of memory available", where=str(out), needed=needed, hint=hint)
+        raise ResourceError(f"{_size(available)} of memory available", where=str(out), needed=needed)
+    return free
 
 
 def _size(count: int) -> str:

@@ -19,6 +19,7 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError
 from prismoe.tensorfile import header_bytes, read_header
 from tests.handmade import CONFIG, SIDE, handmade, weights
+from tests.tiny import tiny_dense
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -286,3 +287,13 @@ def test_header_round_trip_with_the_library(tmp_path: Path) -> None:
         "b": (2, 3),
         "a": (5,),
     }
+
+
+def test_a_dtype_that_the_config_does_not_name_is_the_tensors(tmp_path: Path) -> None:
+    source = tiny_dense(tmp_path / "dense", "llama", dtype="bfloat16")
+    config = json.loads((source / "config.json").read_text())
+    named = Checkpoint.open(source).family.dtype
+    (source / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    assert named == Checkpoint.open(source).family.dtype == "bfloat16"

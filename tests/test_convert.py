@@ -275,8 +275,8 @@ def test_no_disk_and_no_memory_are_found_before_the_first_byte(
     assert str(caught.value) == line
     assert caught.value.exit_code == 4
     monkeypatch.undo()
-    monkeypatch.setattr("prismoe.job.available_memory", lambda: 1_000_000)
-    with pytest.raises(ResourceError, match=r"1\.0 MB of memory available; needed 134\.2 MB"):
+    monkeypatch.setattr("prismoe.room.available_memory", lambda: 1_000_000)
+    with pytest.raises(ResourceError, match=r"1\.0 MB of memory available; needed about 134\.2 MB"):
         convert(dense, plan, out=tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,9 +19,10 @@ from prismoe.data.shards import KIND, SPLITS, Domain, Split, SplitCounts, token_
 from prismoe.data.sources import DomainSource, resolve
 from prismoe.data.tokenizer import DocumentTokenizer
 from prismoe.data.writer import SplitWriter
-from prismoe.errors import InputError, ResourceError, UsageError
+from prismoe.errors import InputError, UsageError
 from prismoe.folder import FileEntry, Manifest, claim, sha256_file
 from prismoe.progress import Progress, quiet
+from prismoe.room import require_room
 
 __all__ = ["DomainSource", "Prepared", "PreparedDomain", "prepare"]
 
@@ -308,9 +308,4 @@ def _begin(path: Path, field: str) -> tuple[int, int, int, list[Document]]:
 def _check_disk(out: Path, planned: Any, itemsize: int) -> None:
     counts = [counts for row in planned for counts in row.splits.values()]
     needed = sum(itemsize * part.num_tokens + 16 * part.num_documents for part in counts)
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ResourceError(
-            f"{free / 1e9:.2f} GB free", where=str(out), needed=f"about {needed / 1e9:.2f} GB for the token shards"
-        )
+    require_room(out, disk_bytes=needed)

@@ -199,7 +199,7 @@ def _check_room(out: Path, config: PretrainConfig, *, num_parameters: int, vocab
         out,
         disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
         memory_bytes=16 * num_parameters + 12 * tokens * vocab_size,
-        hint="a smaller micro_batch_size or keep, or a larger machine",
+        hint="free some space, or a smaller keep",
     )
 
 
