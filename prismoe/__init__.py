@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prismoe.account import Account, account
     from prismoe.checkpoint import FFN, Checkpoint
-    from prismoe.config import Config, load_config
+    from prismoe.config import load_config
     from prismoe.convert import Conversion, convert
     from prismoe.data.mixture import Mixture
     from prismoe.data.prepare import DomainSource, Prepared, prepare
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
     from prismoe.report import write_report
     from prismoe.run import Run, run
+    from prismoe.settings import Config
     from prismoe.train.pretrain import Trained, pretrain
     from prismoe.train.settings import PretrainConfig
     from prismoe.verify import Certificate, verify
@@ -70,7 +71,7 @@ __all__ = [
 _HOMES = {
     "account": ("Account", "account"),
     "checkpoint": ("FFN", "Checkpoint"),
-    "config": ("Config", "load_config"),
+    "config": ("load_config",),
     "convert": ("Conversion", "convert"),
     "data.mixture": ("Mixture",),
     "data.prepare": ("DomainSource", "Prepared", "prepare"),
@@ -80,6 +81,7 @@ _HOMES = {
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
     "report": ("write_report",),
     "run": ("Run", "run"),
+    "settings": ("Config",),
     "train.pretrain": ("Trained", "pretrain"),
     "train.settings": ("PretrainConfig",),
     "verify": ("Certificate", "verify"),

@@ -71,6 +71,8 @@ def _stages(job: Job) -> dict[str, Any]:
             on_progress=on_progress,
             on_stage=show,
         )
+    if several and not job.flags.dry_run and result.stages[-1].stage != "report":
+        job.screen.warning("report: not written, jinja2 or matplotlib is missing: pip install 'prismoe[report]'")
     if several and "eval" in (receipts := {done.stage: done.receipt for done in result.stages}):
         views.view(job.screen, "eval", receipts["eval"])
     if not result.stages:
@@ -201,7 +203,7 @@ def help_text(verb: str | None = None) -> str:
     found = VERBS[verb]
     page = f"prismoe {verb}: {found.what}\n\nusage: prismoe {verb} {SUBJECT}"
     if found.keys:
-        from prismoe.config import key_lines
+        from prismoe.keys import key_lines
 
         page += "\n\nconfig keys, in the YAML or as section.key=value:\n" + "\n".join(key_lines(found.keys))
     return f"{page}\n\n{OPTIONS}"

@@ -67,8 +67,8 @@ def run(
 
     Args:
         config: see `load_config`.
-        stages: some of `STAGES` instead of all that the config has a section for; what comes before them must be
-            finished, except the plan of a conversion, which is drawn again.
+        stages: some of `STAGES` instead of all that the config has a section for (and the report where its packages
+            are installed); what comes before them must be finished, except the plan of a conversion.
         dry_run: check everything that can be checked, write nothing.
         force: make stages again whose settings changed, over their old output.
         on_stage: called after each stage.
@@ -100,7 +100,14 @@ def run(
             started, stage = time.monotonic(), STAGES[name]
             key = _late_key(name, keys, state)
             record = state.get(name)
-            if record and record["key"] == key and work.out is not None and (work.out / stage.output).exists():
+            asked = stages is not None and name == "report"  # by name: written again, perhaps by a newer version
+            if (
+                record
+                and record["key"] == key
+                and not asked
+                and work.out is not None
+                and (work.out / stage.output).exists()
+            ):
                 done.append(Done(name, "kept", 0.0, record["receipt"]))
             else:
                 receipt = json.loads(json.dumps(stage.work(work)))  # as a kept stage has it
@@ -130,6 +137,10 @@ def _hold(out: Path) -> Iterator[None]:
 
 
 def _wanted(config: Config, name: str) -> bool:
+    if name == "report":  # needs an extra; without it a run is complete all the same
+        from prismoe.report import can_report
+
+        return can_report()
     return getattr(config, STAGES[name].needs) is not None or STAGES[name].needs == "source"
 
 

@@ -57,6 +57,9 @@ class Work:
                     layers=plan.layers,
                     top_k=plan.top_k,
                     seed=self.config.seed,
+                    scale=plan.scale,
+                    router=plan.router,
+                    calibration=plan.calibration,
                     **plan.arguments,
                 )
         return self._plan
@@ -64,7 +67,7 @@ class Work:
     @contextmanager
     def placed(self, section: str) -> Iterator[None]:
         """A complaint about an argument is told where the argument was written."""
-        from prismoe.config import known_keys
+        from prismoe.keys import known_keys
 
         try:
             yield

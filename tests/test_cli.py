@@ -56,7 +56,9 @@ def test_help_of_a_verb_lists_its_keys_with_defaults(capsys: pytest.CaptureFixtu
     assert main(["plan", "--help"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["plan.top_k", "2", "integer"] in lines
-    assert ["plan.scale", '"paper"', "number", "or", "paper"] in lines  # the method's own signature
+    shared = next(line for line in lines if line and line[0] == "plan.shared")  # an argument of some methods
+    assert shared[1:3] == ["0", "integer"]
+    assert {"gradient,", "random,", "upcycle)"} <= set(shared)
     assert not any(line and line[0].startswith("pretrain.") for line in lines)
 
 
@@ -272,6 +274,20 @@ def test_bars_move_in_a_terminal_and_a_log_stays_sober(tmp_path: Path) -> None:
     assert "\r" not in log.stdout + log.stderr
     assert [line.split()[1] for line in log.stdout.splitlines()] == ["plan", "convert", "verify", "report"]
     assert log.stderr == ""
+
+
+def test_a_run_without_the_packages_of_the_report_says_so(tmp_path: Path) -> None:
+    out = copy_of(tmp_path)
+    code = "import sys; sys.modules['matplotlib'] = None; import prismoe.cli; sys.exit(prismoe.cli.main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", code, "run", str(out)]
+    found = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert found.returncode == 0
+    assert (
+        "warning: report: not written, jinja2 or matplotlib is missing: pip install 'prismoe[report]'" in found.stderr
+    )
+    arguments[3] = "report"
+    found = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (found.returncode, "not installed; needed pip install 'prismoe[report]'" in found.stderr) == (4, True)
 
 
 def test_help_loads_nothing_heavy() -> None:

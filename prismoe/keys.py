@@ -1,0 +1,108 @@
+"""Every key that a config may hold: those of the sections, and the arguments that methods and policies declare.
+
+The signature of a method is its schema: a new file in a registry folder has its keys here without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from prismoe import registry
+from prismoe.settings import Config, DomainConfig
+
+__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered"]
+
+PLANNERS = (("prismoe.routerinit", "rows"), ("prismoe.methods", "split"))
+
+
+def keywords(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Keyword-only parameters with (type, default): the schema of a method or policy is its signature."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    return {item.name: (hints[item.name], item.default) for item in parameters if item.kind is item.KEYWORD_ONLY}
+
+
+def registered(package: str, name: str, function: str) -> Callable[..., Any]:
+    """The function of a file that was found in a registry folder."""
+    found: Callable[..., Any] = getattr(registry.load(package, name, where=package), function)
+    return found
+
+
+def known_keys() -> dict[str, tuple[Any, Any]]:
+    """Every dotted key of a config with (type, default; MISSING where it must be set), for `prismoe VERB --help`."""
+    from prismoe.train.settings import PretrainConfig
+
+    found: dict[str, tuple[Any, Any]] = {}
+
+    def walk(cls: Any, prefix: str) -> None:
+        hints = get_type_hints(cls, localns={"PretrainConfig": PretrainConfig}, include_extras=True)
+        for item in fields(cls):
+            records = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if is_dataclass(kind)]
+            if item.name in ("arguments", "places") or (prefix and item.name == "seed"):
+                continue
+            if records:
+                walk(records[0], f"{prefix}{item.name}.")
+            elif item.name == "domains":
+                walk(DomainConfig, f"{prefix}domains.NAME.")
+            else:
+                found[prefix + item.name] = (hints[item.name], item.default)
+
+    walk(Config, "")
+    for package, function in PLANNERS:
+        for name in registry.names(package):
+            arguments = keywords(registered(package, name, function))
+            found |= {f"plan.{key}": kind for key, kind in arguments.items()}
+    return found
+
+
+def key_lines(sections: Sequence[str]) -> list[str]:
+    """One line for each key of `sections` and of the top level: name, default, type, and who takes it."""
+    lines = []
+    for name, (hint, default) in known_keys().items():
+        if "." not in name or name.split(".")[0] in sections:
+            value = "(must be set)" if default in (MISSING, inspect.Parameter.empty) else json.dumps(default)
+            takers = [owner for owner, keys in _takers() if name in keys]
+            kind = " or ".join(registry.names(_REGISTRIES[name])) if name in _REGISTRIES else _type_text(hint)
+            lines.append(f"  {name:<28} {value:<14} {kind}" + (f" ({', '.join(takers)})" if takers else ""))
+    return lines
+
+
+_REGISTRIES = {
+    "plan.method": "prismoe.methods",
+    "plan.router": "prismoe.routerinit",
+    "convert.target": "prismoe.targets",
+    "pretrain.router": "prismoe.train.routers",
+}
+
+
+def _takers() -> list[tuple[str, set[str]]]:
+    """Every method and router initialisation with the dotted keys that are its arguments."""
+    return [
+        (name, {f"plan.{key}" for key in keywords(registered(package, name, function))})
+        for package, function in PLANNERS
+        for name in registry.names(package)
+    ]
+
+
+def _type_text(hint: Any) -> str:
+    words = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        type(None): "nothing",
+        dict: "mapping",
+    }
+    if get_origin(hint) is Annotated:
+        return _type_text(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return " or ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (list, tuple):
+        return f"list of {_type_text(get_args(hint)[0])}s"
+    if get_origin(hint) is dict:
+        return f"mapping of names to {_type_text(get_args(hint)[1])}s"
+    return words.get(hint) or " or ".join(_type_text(part) for part in get_args(hint))

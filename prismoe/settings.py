@@ -1,0 +1,119 @@
+"""The sections of a config file as frozen dataclasses; what is not here is no key. `load_config` reads them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from prismoe.errors import UsageError
+from prismoe.rescale import Scale
+
+if TYPE_CHECKING:
+    from prismoe.train.settings import PretrainConfig
+
+__all__ = ["Config", "ConvertConfig", "DataConfig", "DomainConfig", "EvalConfig", "PlanConfig", "VerifyConfig"]
+
+Paths = str | list[str]
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Which neurons become which expert; see `make_plan`. `arguments` are the method's and the router's own."""
+
+    method: str = "random"
+    top_k: Positive = 2
+    layers: str | int | list[int] = "all"
+    scale: Scale = "auto"
+    router: str = "auto"
+    calibration: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How the plan is written: the architecture, zero neurons up to a multiple of `pad_to`, bytes per shard."""
+
+    target: str = "mixtral"
+    pad_to: Positive = 32
+    max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """How many tokens of text go through the layers."""
+
+    tokens: Positive = 128
+
+
+@dataclass(frozen=True)
+class DomainConfig:
+    """Text of one domain: files or globs; without `heldout` a share of the documents is held out by hash."""
+
+    train: Paths
+    heldout: Paths | None = None
+    field: str = "auto"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The domains, the tokenizer (default: the source's) and the weights to mix them with (a preset or numbers)."""
+
+    domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
+    weights: str | dict[str, Annotated[float, Field(ge=0)]] = "proportional"
+    tokenizer: str | None = None
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain."""
+
+    seq_len: Positive | None = None
+    max_tokens: Annotated[int, Field(ge=2)] = 100_000
+    batch_size: Positive = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `source` is a dense HF folder or hub name, `out` the run folder."""
+
+    source: str | None = None
+    out: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    data: DataConfig | None = None
+    pretrain: PretrainConfig | None = None
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    places: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # dotted key: where it was written
+
+    def need(self, key: str) -> Any:
+        """The value of an optional top-level key that a verb cannot do without.
+
+        Raises:
+            UsageError: it is not set.
+        """
+        value = getattr(self, key)
+        if value is None:
+            hint = f"{key}=FOLDER" if key == "source" else "--out FOLDER" if key == "out" else f"a `{key}:` section"
+            raise UsageError(f"{key} is not set", where=self.place(""), needed=hint)
+        return value
+
+    def place(self, key: str) -> str:
+        """Where dotted `key` was written, for messages about its value: file:line, the override, or the key itself."""
+        written = self.places.get(key)
+        return f"{written}: {key}" if written and key and not written.startswith(key) else written or key
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys as a config file holds them: `load_config` of their YAML gives an equal config."""
+        found = {key: value for key, value in asdict(self).items() if value is not None and key != "places"}
+        for section in ("plan", "pretrain"):
+            found.get(section, {}).update(found.get(section, {}).pop("arguments", {}))
+        found.get("pretrain", {}).pop("seed", None)  # one seed for the whole run
+        jsonable: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists, as YAML has them
+        return jsonable
