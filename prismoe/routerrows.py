@@ -16,19 +16,19 @@ __all__ = ["as_router_rows", "read_rows"]
 
 
 def as_router_rows(directions_ED: npt.NDArray[Any], *, std: float) -> npt.NDArray[np.float32]:
-    """[E, D] directions less their mean, each as long as a row drawn from N(0, std²); rows without direction are zero.
+    """[E, D] unit directions less their mean, with the mean square of rows drawn from N(0, std²).
 
-    Subtracting one vector from all rows changes no choice and no gate.
+    A token then prefers the direction that it is nearest to by cosine: subtracting one vector from all rows and one
+    common length change no choice.
     """
     wide = directions_ED.astype(np.float64)
-    lengths = np.linalg.norm(wide, axis=1).max()
-    if len(wide) > 1:
-        wide = wide - wide.mean(axis=0)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    # Rounding leaves dust where all rows were the same; it is not a direction.
-    there = norms > 1e-6 * lengths
-    unit = np.divide(wide, norms, out=np.zeros_like(wide), where=there)
-    rows: npt.NDArray[np.float32] = (unit * (std * math.sqrt(wide.shape[1]))).astype(np.float32)
+    unit = np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
+    if len(unit) > 1:
+        unit -= unit.mean(axis=0)
+    size = math.sqrt(float((unit**2).mean()))
+    # Rounding leaves dust where all directions are the same; it is none.
+    rows: npt.NDArray[np.float32] = (unit * (std / size if size > 1e-7 else 0.0)).astype(np.float32)
     return rows
 
 

@@ -23,7 +23,7 @@ def split(
 ) -> LayerPlan:
     """`num_experts` disjoint experts and `shared` always-on neurons (those most experts want), scaled by E/K.
 
-    Inputs are clustered by direction into equal clusters; centroids become router rows as long as rows of
+    Inputs are clustered by direction into equal clusters; centroids become router rows as large as
     N(0, centroid_std²). Tokens are labelled by that router's first choice; |h·∂ℒ/∂h| summed by label is the importance.
 
     Raises:

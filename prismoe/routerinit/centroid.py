@@ -19,7 +19,7 @@ def rows(
     router_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02,
     router_matrix: Literal["gate", "up"] = "gate",
 ) -> npt.NDArray[np.float32]:
-    """Means of the L2-normalised rows of each expert, less what all share, as long as rows of N(0, router_std²)."""
+    """Means of the L2-normalised rows of each expert, less what all share, as large as N(0, router_std²)."""
     ffn = layer.ffn()
     weights_FD = ffn.gate_FD if router_matrix == "gate" else ffn.up_FD
     found = np.empty((len(plan.experts), layer.hidden_size))

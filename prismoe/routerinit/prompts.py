@@ -20,7 +20,7 @@ def rows(
     prompt_states: str,
     router_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02,
 ) -> npt.NDArray[np.float32]:
-    """Mean FFN input of each expert's prompts, less what all share, as long as rows of N(0, router_std²).
+    """Mean FFN input of each expert's prompts, less what all share, as large as N(0, router_std²).
 
     Raises:
         InputError: no such file, or one made for another number of experts or another model.
