@@ -20,6 +20,7 @@ MARKERS = "osD^vPX*"
 WIDTH, HEIGHT = 4.8, 3.0  # inches
 STYLE = {
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is the one that text is measured with
     "font.size": 10.0,
     "svg.fonttype": "none",  # letters stay letters: selectable, searchable, small
     "svg.hashsalt": "prismoe",  # equal figures are equal bytes
@@ -97,9 +98,8 @@ def load(evals: Sequence[Mapping[str, Any]]) -> str:
     for axes, grid, row in zip(panels, grids, chosen, strict=True):
         # A mesh is drawn as shapes; an image would be a bitmap inside the page.
         mesh = axes.pcolormesh(grid, cmap=colours, vmin=0.0, vmax=top, edgecolors="white", linewidth=0.5)
-        axes.invert_yaxis()
         axes.grid(visible=False)
-        axes.set(xlabel="expert", title=f"step {row['step']}")
+        axes.set(xlabel="expert", ylim=(layers, 0), title=f"step {row['step']}")
         axes.title.set_size(10)
         for side, count, most in ((axes.xaxis, experts, 8), (axes.yaxis, layers, 16)):
             shown = range(0, count, max(1, count // most))

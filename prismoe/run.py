@@ -141,6 +141,10 @@ def _wanted(config: Config, name: str) -> bool:
         from prismoe.report import can_report
 
         return can_report()
+    return _has_sections(config, name)
+
+
+def _has_sections(config: Config, name: str) -> bool:
     return getattr(config, STAGES[name].needs) is not None or STAGES[name].needs == "source"
 
 
@@ -148,7 +152,7 @@ def _keys(work: Work) -> dict[str, str]:
     """A hash for every stage that the config has the sections for."""
     keys: dict[str, str] = {}
     for name, stage in STAGES.items():
-        if _wanted(work.config, name) and (name != "pretrain" or work.config.data is not None):
+        if _has_sections(work.config, name) and (name != "pretrain" or work.config.data is not None):
             parts = [work.checkpoint.fingerprint, dict(stage.decides(work.config)), [keys[k] for k in stage.after]]
             keys[name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return keys

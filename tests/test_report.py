@@ -119,6 +119,11 @@ def test_figures_draw_what_they_are_given() -> None:
     evals = [{"step": step, "load": [[0.3, 0.2, 0.3, 0.2]] * 2, "heldout": {"a": {"loss": 2.0}}} for step in (0, 10)]
     assert figures.load(evals).count(">1.2<") == 2 * 2 * 2  # a share of 0.3 among 4, twice a layer, 2 layers, 2 panels
     assert figures.load(evals) == figures.load(evals)
+    layers = re.findall(
+        r'<text[^>]*y="([\d.]+)"[^>]*>(\d)</text>', figures.load([{**evals[0], "load": [[0.5, 0.5]] * 3}])
+    )
+    heights = {name: float(y) for y, name in layers[-3:]}
+    assert heights["0"] < heights["1"] < heights["2"]  # the first layer is at the top
     svg = figures.norm_ratios([{"layer": 0, "kind": "partition", "norm_ratio": 0.5}, {"layer": 1, "kind": "dense"}])
     assert svg.startswith("<svg")
     assert "width=" not in svg.partition(">")[0]
