@@ -15,7 +15,7 @@ from prismoe.layout import Shard, lay_out
 from prismoe.plan import Plan, plan_shape
 from prismoe.recipe import Fill
 from prismoe.room import require_room
-from prismoe.target import lower, moe_config
+from prismoe.target import lower, output_config
 from prismoe.targets import find_target
 from prismoe.writer import BUFFER_BYTES
 
@@ -60,7 +60,7 @@ def prepare(checkpoint: Checkpoint, plan: Plan, target: str, pad_to: int, max_sh
         raise UsageError(f"{pad_to}", where="convert.pad_to", needed="1 or more")
     table = find_target(target)
     recipes = lower(checkpoint, plan, table, pad_to=pad_to)
-    config = moe_config(checkpoint.family, plan_shape(plan), table, pad_to=pad_to)
+    config = output_config(checkpoint, plan_shape(plan), table, pad_to=pad_to)
     shards = lay_out(recipes, checkpoint.tensors, max_shard_bytes=max_shard_bytes)
     used = {piece.recipe.source for shard in shards for piece in shard.pieces if not isinstance(piece.recipe, Fill)}
     settings = {"target": target, "pad_to": pad_to, "max_shard_bytes": max_shard_bytes}

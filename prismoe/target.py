@@ -20,7 +20,7 @@ from prismoe.family import DenseConfig, check_tensors, tensor_shapes
 from prismoe.plan import LayerPlan, Plan, PlanShape, RouterDraw, plan_shape
 from prismoe.recipe import Copy, Draws, Fill, IntArray, Recipe, Stack, Take
 
-__all__ = ["Objection", "Rule", "Slot", "Target", "lower", "moe_config", "padded"]
+__all__ = ["Objection", "Rule", "Slot", "Target", "lower", "moe_config", "output_config", "padded"]
 
 PAD_TO = 32
 """Widths are rounded up to this with zero neurons: stock CPU kernels need 8, llama.cpp's Q8_0 blocks need 32."""
@@ -67,7 +67,8 @@ class Target:
 
     `config(dense, shape, width, shared_width)` gives the keys that only this architecture has or names in its own
     way; widths are the padded ones. `biases` are the attention projections that get a bias (zeros where the
-    source has none) as soon as the source has any. The routed output's scale is folded into the down matrices.
+    source has none) as soon as the source has any. The routed output's scale is folded into the matrices.
+    Without a `router` it is the source's own architecture, and `config` the keys that change.
     """
 
     name: str
@@ -132,6 +133,14 @@ def moe_config(dense: DenseConfig, shape: PlanShape, target: Target, *, pad_to: 
     }
 
 
+def output_config(checkpoint: Checkpoint, shape: PlanShape, target: Target, *, pad_to: int = PAD_TO) -> dict[str, Any]:
+    """config.json of the converted model: written from scratch, or the source's where its architecture stays."""
+    if target.router:
+        return moe_config(checkpoint.family, shape, target, pad_to=pad_to)
+    width, shared_width = padded(shape.expert_width, pad_to), padded(shape.shared_width, pad_to)
+    return {**checkpoint.config, **target.config(checkpoint.family, shape, width, shared_width)}
+
+
 def lower(checkpoint: Checkpoint, plan: Plan, target: Target, *, pad_to: int = PAD_TO) -> dict[str, Recipe]:
     """How every tensor of the converted model is made, in the order in which a shard should hold them.
 
@@ -158,10 +167,11 @@ def lower(checkpoint: Checkpoint, plan: Plan, target: Target, *, pad_to: int = P
             recipes[name] = Copy(name)
         elif name.endswith(".gate_proj.weight"):
             dtype = checkpoint.tensors[name].dtype
-            recipes[target.router.format(l=layer)] = _router(layer_plan, layer, dense.hidden_size, dtype)
+            if target.router:
+                recipes[target.router.format(l=layer)] = _router(layer_plan, layer, dense.hidden_size, dtype)
             block = _Block(dense, layer)
             for slot in target.experts:
-                recipes.update(block.routed(slot, layer_plan, width))
+                recipes.update(block.routed(slot, layer_plan, width, single=not target.router))
             for slot in target.shared if shape.shared_width else ():
                 recipes[slot.key.format(l=layer)] = block.single(slot, layer_plan.shared, shared_width)
         if name.endswith("_proj.weight") and ".self_attn." in name and dense.qkv_bias:
@@ -179,8 +189,9 @@ class _Block:
     dense: DenseConfig
     layer: int
 
-    def routed(self, slot: Slot, plan: LayerPlan, width: int) -> dict[str, Recipe]:
-        if "{e}" in slot.key:
+    def routed(self, slot: Slot, plan: LayerPlan, width: int, *, single: bool = False) -> dict[str, Recipe]:
+        """Recipes of all experts; `single`: there is one, and its tensor has no axis of experts."""
+        if "{e}" in slot.key or single:
             return {
                 slot.key.format(l=self.layer, e=e): self.single(slot, index, width, plan, expert=e)
                 for e, index in enumerate(plan.experts)
