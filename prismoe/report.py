@@ -153,7 +153,7 @@ def _scores(receipts: Mapping[str, Any], folder: Path) -> Section | None:
     if len(models) > 1:
         caption = f"loss minus that of {models[0]}, nats per token ± standard error of the paired difference"
         tables.append(Table(["domain", *models[1:]], change, caption=caption))
-    text = f"{summary('eval', receipt)}. The same windows for every model; computed in float32."
+    text = f"{summary('eval', receipt)} in windows of {receipt['seq_len']}, the same for every model."
     picture = Figure(
         "Bits per byte of every model on the held-out text of every domain", _svg("scores", figures.scores(receipt))
     )

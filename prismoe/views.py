@@ -180,7 +180,7 @@ def _pretrain(screen: Screen, receipt: Receipt) -> None:
 def _eval_line(receipt: Receipt) -> str:
     models = list(receipt["models"])
     tokens = sum(row["scored_tokens"] for row in receipt["scores"] if row["model"] == models[0])
-    return f"{', '.join(models)} on {count_text(tokens)} held-out tokens, windows of {receipt['seq_len']}"
+    return f"{', '.join(models)} on {count_text(tokens)} held-out tokens"
 
 
 def _eval(screen: Screen, receipt: Receipt) -> None:
@@ -192,6 +192,7 @@ def _eval(screen: Screen, receipt: Receipt) -> None:
         perplexity = [f"{row['perplexity']:,.2f}" for row in found]
         rows.append([domain, *perplexity, *(f"{row['bits_per_byte']:.3f}" for row in found)])
     screen.table(["\ndomain", *heads], rows)
+    screen.line(f"windows of {receipt['seq_len']} tokens, the same for every model", style="dim")
 
 
 GROUPS = ("perplexity", "bits/byte")
