@@ -89,7 +89,7 @@ def balanced_kmeans(
     with thin_product(size=data.size) as product:
         for restart in range(restarts):
             generator = np.random.Generator(np.random.Philox(key=[seed, restart]))
-            centres = _seeding(data, num_clusters, generator) if first is None or restart else first
+            centres = _seeding(data, num_clusters, generator, product) if first is None or restart else first
             found = _Descent(data, mean, squares, centres, metric, generator, product).run(rtol, max_epochs)
             if best is None or found.inertia < best.inertia:
                 best = found
@@ -115,7 +115,9 @@ class _Descent:
         num_clusters = len(centres)
         centred = centres - mean
         # Squared distances less each row's own square, which is the same for every cluster.
-        away = product(data, centred.astype(np.float32)) * -2.0 + (centred @ mean * 2.0 + (centred**2).sum(axis=1))
+        away = product(data, centred.astype(np.float32)) * -2.0 + (
+            np.vecdot(centred, mean) * 2.0 + (centred**2).sum(axis=1)
+        )
         self.sizes = equal_sizes(len(data), num_clusters)
         # The clusters most wanted get the larger sizes.
         self.sizes[np.argsort(-np.bincount(away.argmin(axis=1), minlength=num_clusters), kind="stable")] = (
@@ -126,9 +128,7 @@ class _Descent:
         self.prices: Floats | None = None
         self.gathered = np.empty((256, data.shape[1]), np.float32)
         self.sums = -self.sizes[:, None] * mean
-        for at in range(0, len(data), 1024):
-            member = self.labels[at : at + 1024] == np.arange(num_clusters)[:, None]
-            self.sums += member.astype(np.float32) @ data[at : at + 1024]
+        self._add(self.sums, data, np.arange(len(data)), self.labels, 1.0)
         self.objective = self._objective(self.sums)
 
     def run(self, rtol: float, max_epochs: int) -> Clusters:
@@ -198,13 +198,8 @@ class _Descent:
         if not len(moved):
             return
         sums = self.sums.copy()
-        for at in range(0, len(moved), len(self.gathered)):
-            part = moved[at : at + len(self.gathered)]
-            gathered = np.take(data, rows[part], axis=0, out=self.gathered[: len(part)], mode="clip")
-            member = np.zeros((len(self.sizes), len(part)), np.float32)
-            member[found.labels[part], np.arange(len(part))] = 1.0
-            member[own[part], np.arange(len(part))] = -1.0
-            sums += member @ gathered
+        self._add(sums, data, rows[moved], found.labels[moved], 1.0)
+        self._add(sums, data, rows[moved], own[moved], -1.0)
         objective = self._objective(sums)
         if objective > self.objective:
             self.sums, self.objective = sums, objective
@@ -212,6 +207,16 @@ class _Descent:
         elif halvings and len(rows) > 2:
             for half in (slice(None, None, 2), slice(1, None, 2)):
                 self._exchange(data, labels, squares, slack, rows[half], products[half], halvings=halvings - 1)
+
+    def _add(self, sums: Floats, data: Rows, rows: Ints, labels: Ints, sign: float) -> None:
+        """Add each row to the sum of its label. No BLAS, so no thread count shows in the digits."""
+        order = rows[np.argsort(labels, kind="stable")]
+        ends = np.cumsum(np.bincount(labels, minlength=len(sums)))
+        for j, mine in enumerate(np.split(order, ends[:-1])):
+            for at in range(0, len(mine), len(self.gathered)):
+                part = mine[at : at + len(self.gathered)]
+                np.take(data, part, axis=0, out=self.gathered[: len(part)], mode="clip")
+                sums[j] += sign * self.gathered[: len(part)].sum(axis=0)
 
     def _costs(self, products: Rows, own: Ints, squares: Floats) -> Floats:
         """[K, n]: what the objective loses when the row is in cluster j and not in none; without its own pull."""
@@ -223,7 +228,7 @@ class _Descent:
             left = norms[own, 0]
             costs[at] = np.sqrt(np.maximum(left - 2.0 * dots[at] + squares, 0.0)) - np.sqrt(left)
             return costs
-        dots -= (self.sums @ self.mean)[:, None]
+        dots -= np.vecdot(self.sums, self.mean)[:, None]
         dots *= -2.0
         dots -= squares
         dots[at] += 2.0 * squares
@@ -253,21 +258,22 @@ def _moments(data: Rows, *, centred: bool) -> tuple[Floats, Floats]:
             mean += data[block].sum(axis=0)
         mean /= len(data)
     shift = mean.astype(np.float32)
-    squares = np.empty(len(data))
+    lengths, squares = np.empty(len(data)), np.empty(len(data))
     for block in blocks:
-        part = data[block] - shift if centred else data[block]
-        squares[block] = np.einsum("nd,nd->n", part, part)
-    largest = float(squares.max())
-    if not np.isfinite(largest) or largest > 1e30 or 0 < largest < 1e-20:
+        lengths[block] = np.einsum("nd,nd->n", data[block], data[block])
+        part = data[block] - shift
+        squares[block] = np.einsum("nd,nd->n", part, part) if centred else lengths[block]
+    lengths[~np.isfinite(lengths)] = np.inf
+    if (longest := float(lengths.max())) > 1e24 or 0 < longest < 1e-20:
         raise NumericalError(
-            f"row {int(np.argmax(np.where(np.isfinite(squares), squares, np.inf)))} has squared length {largest:.3g}",
+            f"row {int(lengths.argmax())} has squared length {longest:.3g}",
             where="rows",
             needed="finite rows that float32 can square; scale them",
         )
     return mean, squares
 
 
-def _seeding(data: Rows, num_clusters: int, generator: np.random.Generator) -> Floats:
+def _seeding(data: Rows, num_clusters: int, generator: np.random.Generator, product: Product) -> Floats:
     """k-means++ (Arthur & Vassilvitskii 2007) on a sample of the rows."""
     few = max(_SEEDING_ROWS, 16 * num_clusters)
     sample = data if len(data) <= few else data[np.sort(generator.choice(len(data), few, replace=False))]
@@ -276,7 +282,7 @@ def _seeding(data: Rows, num_clusters: int, generator: np.random.Generator) -> F
     nearest = np.full(len(sample), np.inf)
     while len(chosen) < num_clusters:
         last = chosen[-1]
-        nearest = np.minimum(nearest, lengths - 2.0 * (sample @ sample[last]) + lengths[last])
+        nearest = np.minimum(nearest, lengths - 2.0 * product(sample, sample[last : last + 1])[:, 0] + lengths[last])
         nearest[chosen] = 0.0
         weights = np.maximum(nearest, 0.0)
         if not weights.any():

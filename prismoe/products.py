@@ -15,7 +15,7 @@ __all__ = ["Product", "Rows", "thin_product"]
 Rows = npt.NDArray[np.float32]
 Product = Callable[[Rows, Rows], Rows]  # ([N, D], [K, D]) → [N, K]
 
-_LARGE = 1 << 22  # elements from which importing torch for its faster product pays
+_LARGE = 1 << 20  # elements from which importing torch for its faster product pays
 
 _lock = threading.Lock()
 _users, _threads = 0, 0  # who is inside, and torch's thread count before the first
@@ -25,9 +25,9 @@ _users, _threads = 0, 0  # who is inside, and torch's thread count before the fi
 def thin_product(*, size: int) -> Iterator[Product]:
     """Yields a function from rows [N, D] and centres [K, D], contiguous float32, to rows · centresᵀ [N, K].
 
-    For work on `size` or more elements it is oneDNN's through torch: where the BLAS of NumPy is tuned for squarer
-    matrices this took 13 ms instead of 25 – 36 (11008 × 4096 with 16, one Zen 5 core), close to reading the rows once.
-    torch is held to one thread meanwhile. Without torch, or if its numbers are off, it is NumPy's.
+    From 2²⁰ elements (`size`) it is oneDNN's, through torch held to one thread: 13 ms where NumPy's BLAS took 25 – 36
+    and torch's own matmul 37 (11008 × 4096 with 16, one Zen 5 core), close to reading the rows once. Without torch, or
+    if the numbers of that operator are off, it is NumPy's.
     """
     global _users, _threads
     if size < _LARGE:
@@ -53,12 +53,16 @@ def thin_product(*, size: int) -> Iterator[Product]:
 
 
 def _numpy(rows: Rows, centres: Rows) -> Rows:
-    return rows @ centres.T
+    """One dot product per element: a matrix product of NumPy's BLAS gives other bits with other thread counts."""
+    found = np.zeros((len(rows), len(centres)), np.float32)
+    for at in range(0, rows.shape[1], 8192):  # longer ones are cut among threads, too
+        found += np.vecdot(rows[:, None, at : at + 8192], centres[None, :, at : at + 8192])
+    return found
 
 
 @cache
 def _fastest() -> Product:
-    """oneDNN's linear layer, if this torch has it and it computes in float32; torch's matmul is as slow as NumPy's."""
+    """oneDNN's linear layer, if this torch has it and it computes in float32."""
     import torch
 
     def onednn(rows: Rows, centres: Rows) -> Rows:
