@@ -15,9 +15,9 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError
 from prismoe.family import optional_tensor
 from prismoe.folder import Manifest, versions
-from prismoe.job import available_memory
 from prismoe.plan import LayerPlan, Plan
 from prismoe.progress import Progress
+from prismoe.room import available_memory
 from prismoe.tensorfile import ITEM_BYTES
 from prismoe.verify import reference, stock
 from prismoe.verify.bits import changed_files, differing_from_recipes, not_carried
