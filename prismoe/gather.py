@@ -17,7 +17,7 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.draws import row_normals, tensor_normals
 from prismoe.errors import InputError
 from prismoe.layout import Piece, lay_out, recipe_tensor
-from prismoe.recipe import Copy, Draws, Fill, Recipe, Take
+from prismoe.recipe import Copy, Draws, Fill, Recipe, Take, Weave, sources
 from prismoe.tensorfile import DTYPES, ITEM_BYTES
 
 __all__ = ["Gatherer", "draw", "execute"]
@@ -99,13 +99,13 @@ class Gatherer:
         if isinstance(recipe, Copy):
             self._read(recipe.source, low, out)
         else:
-            self._take(piece, recipe, low, high, np.frombuffer(out, _unsigned(piece.dtype)))
-        changed = isinstance(recipe, Take) and recipe.changes
+            self._window(piece, recipe, low, high, np.frombuffer(out, _unsigned(piece.dtype)))
+        changed = isinstance(recipe, Weave) or (isinstance(recipe, Take) and recipe.changes)
         looked_at = piece.check or changed
         if looked_at and not _finite(np.frombuffer(out, _unsigned(piece.dtype)), piece.dtype):
             raise InputError(
                 "holds NaN or infinity" + (_change_text(recipe) if isinstance(recipe, Take) and changed else ""),
-                where=f"{self._checkpoint.tensors[recipe.source].file}: {recipe.source}",
+                where=self._place(recipe),
                 needed="finite weights",
                 hint="the checkpoint is damaged; fetch it again",
             )
@@ -119,7 +119,14 @@ class Gatherer:
                 raise InputError("the file became shorter while it was read", where=f"{info.file}: {source}")
             done += got
 
-    def _take(self, piece: Piece, take: Take, low: int, high: int, out: Array) -> None:
+    def _place(self, recipe: Copy | Take | Weave) -> str:
+        """The tensor to name in a complaint about bytes that were just read; of a weave, the first that is damaged."""
+        names = sources(recipe)
+        damaged = (name for name in names if len(names) > 1 and not np.isfinite(self._checkpoint.array(name)).all())
+        name = next(damaged, names[0])
+        return f"{self._checkpoint.tensors[name].file}: {name}"
+
+    def _window(self, piece: Piece, recipe: Take | Weave, low: int, high: int, out: Array) -> None:
         """Whole rows go straight into `out`; a row cut by the window's edge is made apart and cut."""
         width = math.prod(piece.shape[1:])
         item = ITEM_BYTES[piece.dtype]
@@ -130,19 +137,59 @@ class Gatherer:
             skip = first + done - row * width
             if skip == 0 and out.size - done >= width:
                 count = (last - first - done) // width
-                self._rows(piece, take, row, out[done : done + count * width].reshape(count, width))
+                self._rows(recipe, row, out[done : done + count * width].reshape(count, width))
                 done += count * width
                 row += count
             else:
                 one = np.empty((1, width), out.dtype)
-                self._rows(piece, take, row, one)
+                self._rows(recipe, row, one)
                 part = one[0, skip : skip + out.size - done]
                 out[done : done + part.size] = part
                 done += part.size
                 row += 1
 
-    def _rows(self, piece: Piece, take: Take, row: int, out: Array) -> None:
-        """Rows [row, row + len(out)) of the taken tensor."""
+    def _rows(self, recipe: Take | Weave, row: int, out: Array) -> None:
+        """Rows [row, row + len(out)) of the tensor that is made."""
+        if isinstance(recipe, Take):
+            self._taken(recipe, row, out)
+        elif recipe.axis:
+            self._woven_columns(recipe, row, out)
+        else:
+            self._woven_rows(recipe, row, out)
+
+    def _woven_columns(self, weave: Weave, row: int, out: Array) -> None:
+        order = weave.order.astype(np.intp)
+        for start in range(0, len(out), ROWS):
+            block = out[start : start + ROWS]
+            beside = np.empty((len(block), len(order)), block.dtype)
+            place = 0
+            for strand in weave.strands:
+                stored = self._checkpoint.array(strand.source)
+                first = strand.first + row + start
+                part = beside[:, place : place + strand.count]
+                part[...] = _bits(stored).reshape(-1, stored.shape[-1])[first : first + len(block), : strand.count]
+                if strand.factor != 1.0:
+                    _scale(part.view(stored.dtype), strand.factor)
+                place += strand.count
+            block[:, : len(order)] = np.take(beside, order, axis=1, mode="clip")
+            block[:, len(order) :] = 0
+
+    def _woven_rows(self, weave: Weave, row: int, out: Array) -> None:
+        wanted = weave.order[row : row + len(out)]
+        out[len(wanted) :] = 0
+        place = 0
+        for strand in weave.strands:
+            (at,) = np.nonzero((wanted >= place) & (wanted < place + strand.count))
+            if at.size:
+                stored = self._checkpoint.array(strand.source)
+                rows = _bits(stored).reshape(-1, stored.shape[-1])
+                block = rows[strand.first + wanted[at] - place]
+                if strand.factor != 1.0:
+                    _scale(block.view(stored.dtype), strand.factor)
+                out[at] = block
+            place += strand.count
+
+    def _taken(self, take: Take, row: int, out: Array) -> None:
         index = self._index(take)
         stored = self._checkpoint.array(take.source)
         bits = _bits(stored).reshape(len(stored), -1)

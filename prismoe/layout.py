@@ -1,7 +1,7 @@
 """Where every output byte goes, decided before the first one moves: recipes become shards of pieces.
 
-A piece is a run of bytes of one output file made by one `Copy`, `Take` or `Fill`. All checks on recipes happen here,
-on shapes alone.
+A piece is a run of bytes of one output file made by one `Copy`, `Take`, `Fill` or `Weave`. All checks on recipes
+happen here, on shapes alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from prismoe.errors import InputError, UsageError
-from prismoe.recipe import Copy, Fill, Recipe, Take
+from prismoe.recipe import Copy, Fill, Recipe, Take, Weave, sources
 from prismoe.tensorfile import ITEM_BYTES, TensorInfo, header_bytes, tensor_bytes
 
 __all__ = ["Piece", "Shard", "index_json", "lay_out", "recipe_tensor"]
@@ -36,7 +36,7 @@ class Piece:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    recipe: Copy | Take | Fill
+    recipe: Copy | Take | Fill | Weave
     check: bool = True
 
 
@@ -66,6 +66,8 @@ def recipe_tensor(recipe: Recipe, tensors: Tensors, *, key: str) -> tuple[str, t
         return info.dtype, info.shape
     if isinstance(recipe, Take):
         return _take_tensor(recipe, tensors, key)
+    if isinstance(recipe, Weave):
+        return _woven_tensor(recipe, tensors, key)
     made = [recipe_tensor(part, tensors, key=key) for part in recipe.parts]
     dtypes = {dtype for dtype, _ in made}
     if len(dtypes) != 1 or sum(math.prod(shape) for _, shape in made) != math.prod(recipe.shape):
@@ -92,6 +94,29 @@ def _take_tensor(recipe: Take, tensors: Tensors, key: str) -> tuple[str, tuple[i
     shape = list(info.shape)
     shape[recipe.axis] = index.size + recipe.pad
     return info.dtype, tuple(shape)
+
+
+def _woven_tensor(recipe: Weave, tensors: Tensors, key: str) -> tuple[str, tuple[int, ...]]:
+    across = recipe.shape[1 - recipe.axis]
+    dtypes = set()
+    for strand in recipe.strands:
+        info = _source(strand.source, tensors, key)
+        rows, columns = math.prod(info.shape[:-1]), info.shape[-1]
+        down, right = (across, strand.count) if recipe.axis else (strand.count, across)
+        fits = 0 <= strand.first <= strand.first + down <= rows
+        if not fits or strand.count < 1 or right > columns or (not recipe.axis and right != columns):
+            found = f"{down} rows from {strand.first} on and {right} columns of a tensor of shape {list(info.shape)}"
+            raise InputError(found, where=f"{key} from {strand.source}")
+        if not math.isfinite(strand.factor):
+            raise InputError(f"factor {strand.factor}", where=f"{key} from {strand.source}", needed="a finite number")
+        dtypes.add(info.dtype)
+    count = sum(strand.count for strand in recipe.strands)
+    order = recipe.order
+    if order.shape != (count,) or not np.array_equal(np.sort(order), np.arange(count)):
+        raise InputError(f"order of shape {list(order.shape)}", where=key, needed=f"each of {count} places once")
+    if len(dtypes) != 1 or count > recipe.shape[recipe.axis]:
+        raise InputError(f"{count} places of {sorted(dtypes)}", where=key, needed=f"one dtype, within {recipe.shape}")
+    return dtypes.pop(), recipe.shape
 
 
 def _source(name: str, tensors: Tensors, key: str) -> TensorInfo:
@@ -126,8 +151,8 @@ def lay_out(recipes: Mapping[str, Recipe], tensors: Tensors, *, max_shard_bytes:
             for atom in _atoms(recipes[key], tensors):
                 dtype, shape = recipe_tensor(atom, tensors, key=key)
                 size = tensor_bytes(dtype, shape)
-                check = not isinstance(atom, Fill) and atom.source not in whole
-                if not isinstance(atom, Fill) and _passes_all(atom, tensors):
+                check = not whole.issuperset(sources(atom))
+                if isinstance(atom, Copy | Take) and _passes_all(atom, tensors):
                     whole.add(atom.source)
                 if size:
                     pieces.append(Piece(key, end, size, dtype, shape, atom, check=check))
@@ -159,9 +184,9 @@ def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
-def _atoms(recipe: Recipe, tensors: Tensors) -> Iterator[Copy | Take | Fill]:
+def _atoms(recipe: Recipe, tensors: Tensors) -> Iterator[Copy | Take | Fill | Weave]:
     """Parts of a stack in order, with every take that moves a whole tensor unchanged turned into a copy."""
-    if isinstance(recipe, Copy | Fill):
+    if isinstance(recipe, Copy | Fill | Weave):
         yield recipe
     elif isinstance(recipe, Take):
         info = tensors[recipe.source]

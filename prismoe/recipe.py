@@ -2,7 +2,8 @@
 
 `Copy` moves a source tensor unchanged, `Take` gathers rows or columns of one, `Fill` writes numbers that
 have no source, and `Stack` lays several recipes one after the other (a fused `[E, 2W, D]` expert tensor is a
-stack of takes). The output dtype of `Copy` and `Take` is that of the source tensor.
+stack of takes). `Weave` is the way back: rows or columns of many tensors put in one order. The output dtype of all
+but `Fill` is that of the source tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Copy", "Draws", "Fill", "IntArray", "Recipe", "Stack", "Take"]
+__all__ = ["Copy", "Draws", "Fill", "IntArray", "Recipe", "Stack", "Strand", "Take", "Weave", "sources"]
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -85,4 +86,37 @@ class Stack:
     parts: tuple[Copy | Take | Fill, ...]
 
 
-Recipe = Copy | Take | Fill | Stack
+@dataclass(frozen=True, eq=False)
+class Strand:
+    """A block of tensor `source` seen as rows of its last axis: from row `first` on, its first `count` rows or columns.
+
+    Whether `count` is of rows or of columns is the weave's axis to say. `factor` as in `Take`.
+    """
+
+    source: str
+    first: int
+    count: int
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Weave:
+    """A matrix of `shape`: `strands` side by side along `axis`, reordered, then zeros along it up to `shape`.
+
+    Place i of the result is place order[i] of the strands laid side by side; each of them is used once.
+    """
+
+    shape: tuple[int, int]
+    axis: int
+    strands: tuple[Strand, ...]
+    order: IntArray
+
+
+Recipe = Copy | Take | Fill | Stack | Weave
+
+
+def sources(recipe: Copy | Take | Fill | Weave) -> tuple[str, ...]:
+    """The tensors that a recipe reads."""
+    if isinstance(recipe, Fill):
+        return ()
+    return tuple(strand.source for strand in recipe.strands) if isinstance(recipe, Weave) else (recipe.source,)

@@ -20,7 +20,7 @@ from prismoe.folder import Manifest, sha256_file
 from prismoe.gather import draw
 from prismoe.plan import Plan
 from prismoe.progress import Progress
-from prismoe.recipe import Copy, Draws, Fill, Recipe, Stack
+from prismoe.recipe import Copy, Draws, Fill, Recipe, Stack, Weave
 from prismoe.target import lower
 from prismoe.targets import find_target
 
@@ -101,7 +101,7 @@ def _make(recipe: Recipe, dense: Checkpoint) -> Array:
         return dense.array(recipe.source)
     if isinstance(recipe, Fill):
         return draw(recipe)
-    assert not isinstance(recipe, Stack), "a stack holds no stack"
+    assert not isinstance(recipe, Stack | Weave), "a stack holds no stack, and convert makes no weave"
     taken = np.take(dense.array(recipe.source), recipe.index, axis=recipe.axis)
     if recipe.draws is not None:
         taken = _drawn(taken, recipe.draws, axis=recipe.axis, factor=recipe.factor)
