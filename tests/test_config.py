@@ -9,6 +9,7 @@ import yaml
 
 from prismoe.config import Config, load_config
 from prismoe.errors import UsageError
+from prismoe.registry import names
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -89,12 +90,12 @@ evaluate: {}
         "run.yaml:3: unknown key plan.num_expert (hint: did you mean num_experts?)",
         'run.yaml:4: plan.top_k is "two"; needed an integer',
         'run.yaml:5: plan.layers[1] is "a"; needed an integer',
-        "run.yaml:6: plan.router is 'centre'; needed one of centroid, prompts, random, regressed, stored, zero"
+        f"run.yaml:6: plan.router is 'centre'; needed one of {', '.join(names('prismoe.routerinit'))}"
         " (hint: did you mean centroid?)",
         "run.yaml:8: unknown key pretrain.batch (hint: did you mean batch_size?)",
         "run.yaml:9: unknown key pretrain.num_experts (hint: did you mean plan.num_experts?)",
         "run.yaml:10: pretrain.betas[1] is 1.5; needed less than 1.0",
-        "run.yaml:11: convert.target is 'mixtrol'; needed one of granitemoeshared, mixtral, qwen3_moe"
+        f"run.yaml:11: convert.target is 'mixtrol'; needed one of {', '.join(names('prismoe.targets'))}"
         " (hint: did you mean mixtral?)",
         "run.yaml:14: unknown key data.domains.a.trian (hint: did you mean train?)",
         "run.yaml:14: data.domains.a.train is missing",
