@@ -105,6 +105,18 @@ def _verify(job: Job) -> dict[str, Any]:
     return certificate
 
 
+def _plan(job: Job) -> dict[str, Any]:
+    """Make a plan, or hold two against each other."""
+    if job.flags.compare is None:
+        return _stages(job)
+    from prismoe.compare import compare_plans
+    from prismoe.show import show_comparison
+
+    found = compare_plans(*job.flags.compare).to_dict()
+    show_comparison(job.screen, found)
+    return found
+
+
 def _show(job: Job) -> dict[str, Any]:
     from prismoe.show import describe, show
 
@@ -145,7 +157,7 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "plan": Verb(_stages, "decide which neurons become which expert, and what would come out", ("plan", "convert")),
+    "plan": Verb(_plan, "decide which neurons become which expert, and what would come out", ("plan", "convert")),
     "convert": Verb(_stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
     "verify": Verb(_verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
     "prepare": Verb(_stages, "turn the text of each domain into tokens", ("data",)),
@@ -172,6 +184,7 @@ def _parser() -> _Parser:
         parser.add_argument(name, action="store_true")
     parser.add_argument("-h", dest="help", action="store_true")
     parser.add_argument("--out")
+    parser.add_argument("--compare", nargs=2)
     parser.add_argument("--seed", type=int)
     return parser
 
@@ -184,6 +197,7 @@ options:
   --dry-run    check everything, estimate, write nothing
   --force      make again what was made with other settings
   --offline    open no socket
+  --compare A B  with plan: how far two plan files agree
   --json       one JSON object on stdout, nothing else
   --debug      the traceback of an error
   --version    version
@@ -217,6 +231,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         near = get_close_matches(flags.verb, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else "prismoe --help"
         raise UsageError(f"unknown verb {flags.verb!r}", needed=f"one of {', '.join(VERBS)}", hint=hint)
+    if flags.compare is not None and flags.verb not in ("plan", None):
+        raise UsageError(f"--compare with {flags.verb}", needed="prismoe plan --compare PLAN PLAN")
     return flags
 
 

@@ -15,7 +15,7 @@ from prismoe.folder import Manifest
 from prismoe.state import STATE, read_state
 from prismoe.views import summary, view
 
-__all__ = ["describe", "show"]
+__all__ = ["describe", "show", "show_comparison"]
 
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
@@ -98,6 +98,35 @@ def _model(subject: str | Path, manifest: Manifest | None, *, offline: bool) -> 
 def show(screen: Screen, found: dict[str, Any]) -> None:
     """What `describe` found, for a person."""
     _SHOWN[found["kind"]](screen, found)
+
+
+def show_comparison(screen: Screen, found: dict[str, Any]) -> None:
+    """What `compare_plans` found, for a person."""
+    screen.title("two plans")
+    screen.pairs({"first": found["plans"][0], "second": found["plans"][1]})
+    if not found["same_source"]:
+        screen.warning("they were made for different checkpoints")
+    rows = [
+        [name, *("none" if value is None else str(value) for value in both)] for name, both in found["settings"].items()
+    ]
+    if rows:
+        screen.table(["setting", "first", "second"], rows, justify="lll")
+
+    def text(value: float | None, unit: str = "") -> str:
+        return "" if value is None else f"{100 * value:.1f} %" if unit else f"{value:g}"
+
+    screen.table(
+        ["layer", "same place", "by chance", "same shared", "scales", "router"],
+        [
+            [
+                str(row["layer"]),
+                *(text(row[name], "%") for name in ("same", "chance", "shared")),
+                " / ".join(text(scale) or "dense" for scale in row["scales"]),
+                row["router"] or "",
+            ]
+            for row in found["layers"]
+        ],
+    )
 
 
 def _show_run(screen: Screen, found: dict[str, Any]) -> None:
