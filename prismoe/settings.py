@@ -22,7 +22,10 @@ Positive = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Which neurons become which expert; see `make_plan`. `arguments` are the method's and the router's own."""
+    """Which neurons become which expert; see `make_plan`. `arguments` are the method's and the router's own.
+
+    `prompts` (for each expert a list of texts) are run through the dense model first, for router=prompts.
+    """
 
     method: str = "random"
     top_k: Positive = 2
@@ -30,6 +33,7 @@ class PlanConfig:
     scale: Scale = "auto"
     router: str = "auto"
     calibration: str | None = None
+    prompts: list[list[str]] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
 

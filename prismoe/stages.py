@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismoe.errors import UsageError
+from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_json_atomic
 from prismoe.progress import Progress
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from prismoe.plan import Plan
 
 __all__ = ["STAGES", "Stage", "Work"]
+
+PLAN, STATES = "plan.safetensors", "prompts.safetensors"
 
 
 class Work:
@@ -45,24 +48,56 @@ class Work:
 
     @property
     def plan(self) -> Plan:
-        """The plan that the config describes: drawing it again costs less than trusting a file."""
+        """The plan of this run: just made, or read where its stage was finished before."""
+        from prismoe.plan import Plan
+
+        if self._plan is None and self.out is not None and not self.dry_run:
+            path = self.out / PLAN
+            self._plan = Plan.load(path)
+            if self._plan.origin.source != self.checkpoint.fingerprint:
+                raise InputError("a plan of another checkpoint", where=str(path), hint="prismoe plan --force")
+        return self._plan or self.make_plan()
+
+    def make_plan(self) -> Plan:
+        """The plan that the config describes."""
         from prismoe.plan import make_plan
 
-        if self._plan is None:
-            plan = self.config.plan
-            with self.placed("plan"):
-                self._plan = make_plan(
-                    self.checkpoint,
-                    method=plan.method,
-                    layers=plan.layers,
-                    top_k=plan.top_k,
-                    seed=self.config.seed,
-                    scale=plan.scale,
-                    router=plan.router,
-                    calibration=plan.calibration,
-                    **plan.arguments,
-                )
+        plan = self.config.plan
+        with self.placed("plan"), self._prompts() as prompts:
+            self._plan = make_plan(
+                self.checkpoint,
+                method=plan.method,
+                layers=plan.layers,
+                top_k=plan.top_k,
+                seed=self.config.seed,
+                scale=plan.scale,
+                router=plan.router,
+                calibration=plan.calibration,
+                **{**plan.arguments, **prompts},
+            )
         return self._plan
+
+    @contextmanager
+    def _prompts(self) -> Iterator[dict[str, str]]:
+        """The argument of router=prompts where the config has the prompts themselves."""
+        prompts, router = self.config.plan.prompts, self.config.plan.router
+        if prompts is None:
+            yield {}
+            return
+        if router != "prompts":
+            raise UsageError(f"{router} with prompts", where="router", needed="router=prompts")
+        from prismoe.calibrate.prompts import prompt_states
+
+        with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing behind
+            kept = self.out is not None and not self.dry_run
+            path = self.folder(STATES) if kept else Path(scratch) / STATES
+            yield {
+                "prompt_states": str(
+                    prompt_states(
+                        self.checkpoint, prompts, out=path, offline=self.offline, on_progress=self.on_progress
+                    )
+                )
+            }
 
     @contextmanager
     def placed(self, section: str) -> Iterator[None]:
@@ -85,11 +120,12 @@ def _plan(work: Work) -> dict[str, Any]:
     from prismoe.account import account
     from prismoe.plan import plan_shape
 
-    shape, convert = plan_shape(work.plan), work.config.convert
+    plan, convert = work.make_plan(), work.config.convert
+    shape = plan_shape(plan)
     counted = account(work.checkpoint.family, shape, target=convert.target, pad_to=convert.pad_to)
     if work.out is not None and not work.dry_run:
-        work.plan.save(work.out / "plan.safetensors")
-    origin = asdict(work.plan.origin)
+        plan.save(work.out / PLAN)
+    origin = asdict(plan.origin)
     return {**origin, "source_name": str(work.config.source), "shape": asdict(shape), "account": counted.to_dict()}
 
 
@@ -192,7 +228,7 @@ class Stage:
 
 
 STAGES: dict[str, Stage] = {
-    "plan": Stage(_plan, "plan.safetensors", (), lambda c: {"seed": c.seed, "plan": _keys(c.plan)}, dry=True),
+    "plan": Stage(_plan, PLAN, (), lambda c: {"seed": c.seed, "plan": _keys(c.plan), **_calibration(c)}, dry=True),
     "convert": Stage(_convert, "moe/manifest.json", ("plan",), lambda c: {"convert": asdict(c.convert)}, dry=True),
     "verify": Stage(_verify, "moe/certificate.json", ("convert",), lambda c: {"verify": asdict(c.verify)}),
     "prepare": Stage(_prepare, "data", (), lambda c: {"data": _texts(c)}, needs="data", dry=True),
@@ -214,6 +250,15 @@ def _keys(section: Any) -> dict[str, Any]:
     found = asdict(section)
     found |= found.pop("arguments")
     return {key: value for key, value in found.items() if key not in ("save_every", "keep")}  # they change no result
+
+
+def _calibration(config: Config) -> dict[str, str]:
+    """What tells one calibration from another in the same folder."""
+    from prismoe.folder import MANIFEST, sha256_file
+
+    folder = config.plan.calibration
+    path = Path(folder) / MANIFEST if folder is not None else None
+    return {"calibration": sha256_file(path)} if path is not None and path.is_file() else {}
 
 
 def _texts(config: Config) -> dict[str, Any]:

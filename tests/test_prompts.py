@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file
 
 from prismoe.calibrate.prompts import prompt_states
+from prismoe.config import load_config
 from prismoe.errors import UsageError
-from prismoe.plan import make_plan
+from prismoe.plan import Plan, make_plan
+from prismoe.run import run
 from tests.tiny import tiny_dense
 
 PROMPTS = [["once upon a time", "the little girl liked her ball"], ["def add(first, second):"], ["the king said: no"]]
@@ -66,3 +70,31 @@ def test_prompts_that_say_nothing_are_refused(prompts: list[list[str]], line: st
     with pytest.raises(UsageError) as caught:
         prompt_states(tmp_path, prompts, out=tmp_path / "out")
     assert str(caught.value) == line
+
+
+def test_prompts_in_a_config(tmp_path: Path) -> None:
+    """Rows come from the config's prompts; a conversion made again reads the plan instead of making it again."""
+    dense, out = tiny_dense(tmp_path / "dense", num_hidden_layers=1), tmp_path / "run"
+    settings = {"method": "upcycle", "num_experts": 3, "top_k": 1, "router": "prompts", "prompts": PROMPTS}
+    written = tmp_path / "run.yaml"
+    written.write_text(yaml.safe_dump({"source": str(dense), "out": str(out), "plan": settings}))
+    config = load_config(written)
+    dry = run(config, stages=("plan", "convert"), dry_run=True)
+    assert [done.state for done in dry.stages] == ["checked", "checked"]
+    assert not out.exists()
+    run(config, stages=("plan", "convert"))
+    plan, model = Plan.load(out / "plan.safetensors"), (out / "moe/model.safetensors").read_bytes()
+    states = load_file(out / "prompts.safetensors")["layers.0.inputs"]
+    assert states.shape == (3, 64)
+    assert plan.layers[0] is not None
+    shutil.rmtree(out / "moe")
+    (out / "prompts.safetensors").unlink()
+    again = run(config, stages=("plan", "convert"))
+    assert [done.state for done in again.stages] == ["kept", "made"]
+    assert (out / "moe/model.safetensors").read_bytes() == model
+    assert not (out / "prompts.safetensors").exists()
+    with pytest.raises(UsageError, match=r"plan\.router=auto: auto with prompts; needed router=prompts"):
+        run(load_config(written, overrides=["plan.router=auto"], out=str(tmp_path / "b")), stages=("plan",))
+    same = load_config(written, overrides=['plan.prompts=[["a"],["b"],["a"]]'], out=str(tmp_path / "c"))
+    with pytest.raises(UsageError, match=r"plan\.prompts=.*: experts 0 and 2 have the same prompts"):
+        run(same, stages=("plan",))
