@@ -16,7 +16,7 @@ from prismoe.convert import convert
 from prismoe.errors import InputError, NumericalError, UsageError
 from prismoe.folder import Manifest
 from prismoe.plan import make_plan
-from prismoe.verify import Certificate, stock, verify
+from prismoe.verify import Certificate, chain, stock, verify
 from tests.conversions import CASES, check, converted, numbers
 from tests.tiny import tiny_dense
 
@@ -135,7 +135,7 @@ def test_same_bytes_each_time(tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_is_proved_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = converted(tmp_path, "llama to mixtral")
     whole = check(folder)
-    monkeypatch.setattr("prismoe.verify.chain.available_memory", lambda: 100_000)
+    monkeypatch.setattr(chain, "available_memory", lambda: 100_000)
     chained = check(folder, force=True)
     assert chained.whole == "not loaded whole: 0.0 GB of memory needed, 0.0 GB available"
     assert chained.passed
