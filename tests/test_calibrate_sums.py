@@ -93,7 +93,7 @@ def test_kmeans_leaves_no_cluster_empty_and_no_point_astray(num_clusters: int, m
 def test_a_channel_that_is_far_larger_does_not_decide_alone() -> None:
     points, truth = blobs(2, size=20, width=6)
     loud = np.random.default_rng(2).normal(size=(len(points), 1)) * 1e4
-    labels = cluster_sequences(np.hstack([points, loud]).astype(np.float32), num_clusters=2, seed=0)
+    labels = cluster_sequences(np.hstack([points, loud]).astype(np.float32), num_clusters=2, seed=0, standardise=True)
     assert len({(int(a), int(b)) for a, b in zip(truth, labels, strict=True)}) == 2
 
 
@@ -102,7 +102,7 @@ def test_rows_beyond_the_fitted_ones_are_labelled_too(monkeypatch: pytest.Monkey
 
     points, truth = blobs(3, size=50)
     monkeypatch.setattr(clusters, "FIT_ROWS", 40)
-    labels = cluster_sequences(points.astype(np.float32), num_clusters=3, seed=0)
+    labels = cluster_sequences(points.astype(np.float32), num_clusters=3, seed=0, standardise=False)
     assert len(labels) == 150
     assert len({(int(a), int(b)) for a, b in zip(truth, labels, strict=True)}) == 3
 
@@ -110,9 +110,9 @@ def test_rows_beyond_the_fitted_ones_are_labelled_too(monkeypatch: pytest.Monkey
 def test_what_cannot_be_clustered_is_refused() -> None:
     points = np.ones((5, 2), np.float32)
     with pytest.raises(UsageError, match="clusters: 5 sequences; needed 6 or more"):
-        cluster_sequences(points, num_clusters=6, seed=0)
+        cluster_sequences(points, num_clusters=6, seed=0, standardise=True)
     with pytest.raises(InputError, match="clusters: 1 different sequences, so a cluster would be without tokens"):
-        cluster_sequences(points, num_clusters=2, seed=0)
+        cluster_sequences(points, num_clusters=2, seed=0, standardise=False)
     points[1, 0] = np.nan
-    with pytest.raises(NumericalError, match="mean hidden state is not finite"):
-        cluster_sequences(points, num_clusters=2, seed=0)
+    with pytest.raises(NumericalError, match="clusters: a vector is not finite"):
+        cluster_sequences(points, num_clusters=2, seed=0, standardise=False)

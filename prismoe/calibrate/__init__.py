@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from prismoe.calibrate.embedder import encoder_fingerprint
 from prismoe.calibrate.needs import check_needs
 from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.text import Text, draw_text
@@ -92,9 +93,9 @@ def calibrate(
     needs = check_needs(checkpoint.family, text, config, out=out)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_THE_RESULT}
     job = _Job(checkpoint, text, config, {**settings, "quantities": list(config.quantities)})
-    state = "dry run"
+    state, key = "dry run", job.key
     if not dry_run:
-        with claim(out, kind=KIND, key=job.key, force=force):
+        with claim(out, kind=KIND, key=key, force=force):
             state = "already complete"
             if Manifest.read(out) is None:
                 state = "written"
@@ -153,7 +154,9 @@ class _Job:
     @property
     def parents(self) -> dict[str, str]:
         texts = {f"domain {d.name}": sha256_file(d.folder / MANIFEST) for d in self.text.domains}
-        return {"source": self.checkpoint.fingerprint, **texts}
+        encoder = self.config.encoder
+        encoders = {} if encoder is None else {"encoder": encoder_fingerprint(Path(encoder))}
+        return {"source": self.checkpoint.fingerprint, **texts, **encoders}
 
     def planned(self, out: Path) -> Calibration:
         """The receipt before anything is computed; `cluster_domains` are not known yet."""

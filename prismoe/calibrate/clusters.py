@@ -18,11 +18,13 @@ FIT_ROWS = 4096  # centroids settle long before; the other sequences are labelle
 RESTARTS = 10
 
 
-def cluster_sequences(vectors_ND: npt.NDArray[np.float32], *, num_clusters: int, seed: int) -> IntArray:
-    """[N] labels of sequences by their mean hidden states.
+def cluster_sequences(
+    vectors_ND: npt.NDArray[np.float32], *, num_clusters: int, seed: int, standardise: bool
+) -> IntArray:
+    """[N] labels of sequences by one vector each. Centroids are fitted on the first 4096 (their order is random).
 
-    Each channel is standardised over the sequences first: a few channels of a trained model are larger than all
-    others together and would decide alone. Centroids are fitted on the first 4096 rows (their order is random).
+    Mean hidden states have each channel standardised over the sequences: a few channels of a trained model are larger
+    than all others together and would decide alone.
 
     Raises:
         UsageError: fewer sequences than clusters.
@@ -35,9 +37,11 @@ def cluster_sequences(vectors_ND: npt.NDArray[np.float32], *, num_clusters: int,
             f"{len(fitted)} sequences", where="clusters", needed=f"{num_clusters} or more", hint="raise max_tokens"
         )
     if not np.isfinite(fitted).all():
-        raise NumericalError("mean hidden state is not finite", where="clusters", hint="the weights may be damaged")
+        raise NumericalError("a vector is not finite", where="clusters", hint="the weights may be damaged")
     mean_D, std_D = fitted.mean(axis=0), fitted.std(axis=0)
     std_D[std_D == 0] = 1.0
+    if not standardise:
+        mean_D, std_D = np.zeros_like(mean_D), np.ones_like(std_D)
     fitted = (fitted - mean_D) / std_D
     centroids_CD, labels_N = kmeans(fitted, num_clusters=num_clusters, seed=seed)
     for start in range(FIT_ROWS, len(vectors_ND), FIT_ROWS):

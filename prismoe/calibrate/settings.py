@@ -22,8 +22,8 @@ class CalibrateConfig:
     """Settings of `calibrate`. `quantities` are keys of `prismoe.stats.QUANTITIES`.
 
     `clusters`: data clusters that importance is kept apart for. A number makes them by k-means over mean hidden states
-    of the model; 1 is all text together; "domains" takes each domain as one (so clusters that were made elsewhere can
-    be prepared as domains).
+    of the model, or over sentence embeddings when `encoder` names a folder with a stock encoder and its tokenizer;
+    1 is all text together; "domains" takes each domain as one (so clusters made elsewhere can be prepared as domains).
     `importance`, per cluster over tokens t: "l1" is Σ|h·∂ℒ/∂h| (LLaMA-MoE's choice: sample level), "square" is
     Σ(h·∂ℒ/∂h)²; "total" is |Σ h·∂ℒ/∂h| and "total_square" its square. All are divided by the number of tokens.
     `marks_per_token` is K_a, how many of its largest |h| a token marks. `sample_tokens` tokens keep their vectors.
@@ -35,6 +35,7 @@ class CalibrateConfig:
 
     quantities: tuple[str, ...] = ("activation", "importance", "marks", "inputs", "output")
     clusters: Positive | Literal["domains"] = 1
+    encoder: str | None = None
     importance: Literal["l1", "square", "total", "total_square"] = "l1"
     marks_per_token: Positive = 10
     sample_tokens: Positive = 4096
@@ -63,6 +64,9 @@ class CalibrateConfig:
             if name not in QUANTITIES:
                 hint = registry.suggestion(name, QUANTITIES)
                 raise UsageError(f"unknown quantity {name!r}", where="calibrate.quantities", hint=hint)
+        if self.encoder is not None and not self.by_text:
+            needed = "a number above 1"
+            raise UsageError(f"{self.clusters!r} with an encoder", where="calibrate.clusters", needed=needed)
         if not self.quantities:
             needed = "some of " + ", ".join(QUANTITIES)
             raise UsageError("no quantities", where="calibrate.quantities", needed=needed)

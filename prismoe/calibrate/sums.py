@@ -88,7 +88,7 @@ def largest(values_TF: Array, count: int) -> Array:
         equal_TF = marked_TF & ~above_TF
         room_T1 = count - above_TF.sum(axis=1, keepdims=True)
         columns = np.flatnonzero(above_TF | (equal_TF & (np.cumsum(equal_TF, axis=1) <= room_T1)))
-    chosen: Array = columns.reshape(num_rows, count) % width
+    chosen: Array = columns.reshape(num_rows, count) - np.arange(0, num_rows * width, width)[:, None]
     return chosen
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 
 from prismoe.calibrate.clusters import cluster_sequences
+from prismoe.calibrate.embedder import sentence_vectors
 from prismoe.calibrate.parts import Parts
 from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.states import States, read_progress, write_progress
@@ -65,7 +66,7 @@ class Sweep:
         self, checkpoint: Checkpoint, text: Text, config: CalibrateConfig, *, out: Path, on_progress: Progress
     ) -> None:
         self.text, self.config, self.out, self.on_progress = text, config, out, on_progress
-        self.dense = checkpoint.family
+        self.dense, self.source = checkpoint.family, checkpoint.folder
         self.scratch = out / "scratch"
         self.scratch.mkdir(exist_ok=True)
         self.device = torch.device(config.device)
@@ -78,7 +79,7 @@ class Sweep:
         if config.clusters == "domains":
             self.labels_N = text.domain_ids.astype(np.int32)
         # k-means looks at hidden states in the middle of the model; the first pass that gets there leaves them.
-        self.middle = -(-self.dense.num_layers // 2) if config.by_text else 0
+        self.middle = -(-self.dense.num_layers // 2) if config.by_text and config.encoder is None else 0
         self._watching: list[Watch] = []
         self._saved = time.monotonic()
         self._saving = 0.0
@@ -88,12 +89,27 @@ class Sweep:
         """[C] tokens that have a next one to predict."""
         return np.bincount(self.labels_N, minlength=self.num_clusters) * (self.text.seq_len - 1)
 
+    def _labels(self, vectors_ND: npt.NDArray[np.float32], *, standardise: bool) -> npt.NDArray[np.int32]:
+        return cluster_sequences(
+            vectors_ND, num_clusters=self.num_clusters, seed=self.config.seed, standardise=standardise
+        )
+
     def run(self) -> None:
         """Go through the passes that are left; the files of the result are in `out` afterwards."""
         step, arrays = read_progress(self._progress_file)
         start = int(step.get("pass", 0))
         if step:
             self.labels_N, self.nats = arrays.pop("labels"), float(step["nats"])
+        elif self.config.encoder is not None:
+            vectors_ND = sentence_vectors(
+                Path(self.config.encoder),
+                self.text,
+                source=self.source,
+                device=self.config.device,
+                batch_size=self.config.batch_size,
+                on_progress=self.on_progress,
+            )
+            self.labels_N = self._labels(vectors_ND, standardise=False)
         for index in range(start, len(self.passes)):
             resumed = index == start and bool(step)
             self._run_pass(index, int(step["batches"]) if resumed else 0, arrays if resumed else {})
@@ -250,7 +266,7 @@ class Sweep:
             watch.check()
         if "vectors" in files:
             vectors_ND = files["vectors"].read(0, len(self.text), device=torch.device("cpu"))[:, 0].numpy()
-            self.labels_N = cluster_sequences(vectors_ND, num_clusters=self.num_clusters, seed=self.config.seed)
+            self.labels_N = self._labels(vectors_ND, standardise=True)
         for watch in watches:
             # With a gradient the middle of the model is behind us here; without one, labels are not asked for.
             stats = watch.finish(
