@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prismoe.data.mixture import Mixture
     from prismoe.data.prepare import DomainSource, Prepared, prepare
     from prismoe.data.shards import Domain
+    from prismoe.densify import Densified, densify
     from prismoe.errors import InputError, InterruptedRun, NumericalError, PrismoeError, ResourceError, UsageError
     from prismoe.evaluate import Scores, evaluate
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
@@ -38,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "Conversion",
+    "Densified",
     "Domain",
     "DomainSource",
     "InputError",
@@ -56,6 +58,7 @@ __all__ = [
     "UsageError",
     "account",
     "convert",
+    "densify",
     "evaluate",
     "load_config",
     "make_plan",
@@ -76,6 +79,7 @@ _HOMES = {
     "data.mixture": ("Mixture",),
     "data.prepare": ("DomainSource", "Prepared", "prepare"),
     "data.shards": ("Domain",),
+    "densify": ("Densified", "densify"),
     "errors": ("InputError", "InterruptedRun", "NumericalError", "PrismoeError", "ResourceError", "UsageError"),
     "evaluate": ("Scores", "evaluate"),
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),

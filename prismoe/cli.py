@@ -127,6 +127,39 @@ def _show(job: Job) -> dict[str, Any]:
     return found
 
 
+def _densify(job: Job) -> dict[str, Any]:
+    from prismoe import views
+    from prismoe.densify import densify
+    from prismoe.options import DensifyOptions, read_options
+
+    options = read_options(DensifyOptions, job.overrides)
+    source, out = _source_and_out(job, "a folder with experts")
+    with job.screen.progress() as on_progress:
+        receipt = densify(
+            source,
+            out=out,
+            plan=options.plan,
+            scale=options.scale,
+            max_shard_bytes=options.max_shard_bytes,
+            offline=job.flags.offline,
+            force=job.flags.force,
+            dry_run=job.flags.dry_run,
+            on_progress=on_progress,
+        ).to_dict()
+    views.view(job.screen, "densify", receipt)
+    for warning in receipt["warnings"]:
+        job.screen.warning(warning)
+    return receipt
+
+
+def _source_and_out(job: Job, what: str) -> tuple[str, str]:
+    if job.subject is None:
+        raise UsageError("nothing to read", where=job.verb, needed=what)
+    if job.flags.out is None:
+        raise UsageError("out is not set", where=job.verb, needed="--out FOLDER")
+    return job.subject, job.flags.out
+
+
 def _doctor(job: Job) -> dict[str, Any]:
     from prismoe.doctor import doctor
 
@@ -149,11 +182,12 @@ def _demo(job: Job) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verb:
-    """`keys` are the config sections that the verb reads, for its help."""
+    """`keys` are the config sections that the verb reads, `options` a dataclass of its own ones, for its help."""
 
     work: Callable[[Job], dict[str, Any]]
     what: str
     keys: tuple[str, ...] = ()
+    options: str = ""
 
 
 VERBS: dict[str, Verb] = {
@@ -165,6 +199,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(_stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
     "report": Verb(_stages, "write the run's report.html"),
     "run": Verb(_stages, "all of the above into one run folder, finished stages kept", ("plan", "convert", "data")),
+    "densify": Verb(_densify, "lay the experts of a mixture together again: a dense model", options="DensifyOptions"),
     "show": Verb(_show, "describe a run, a model, a plan, a domain or a config"),
     "doctor": Verb(_doctor, "a paste-ready picture of the machine and the versions"),
     "demo": Verb(_demo, "the whole way on an embedded model and text, without network"),
@@ -220,6 +255,11 @@ def help_text(verb: str | None = None) -> str:
         from prismoe.keys import key_lines
 
         page += "\n\nconfig keys, in the YAML or as section.key=value:\n" + "\n".join(key_lines(found.keys))
+    if found.options:
+        from prismoe import options
+
+        lines = options.option_lines(getattr(options, found.options))
+        page += "\n\nits own, as key=value:\n" + "\n".join(lines)
     return f"{page}\n\n{OPTIONS}"
 
 

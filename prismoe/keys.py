@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from prismoe import registry
 from prismoe.settings import Config, DomainConfig
 
-__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered"]
+__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "type_text"]
 
 PLANNERS = (("prismoe.routerinit", "rows"), ("prismoe.methods", "split"))
 
@@ -66,7 +66,7 @@ def key_lines(sections: Sequence[str]) -> list[str]:
         if "." not in name or name.split(".")[0] in sections:
             value = "(must be set)" if default in (MISSING, inspect.Parameter.empty) else json.dumps(default)
             takers = [owner for owner, keys in _takers() if name in keys]
-            kind = " or ".join(registry.names(_REGISTRIES[name])) if name in _REGISTRIES else _type_text(hint)
+            kind = " or ".join(registry.names(_REGISTRIES[name])) if name in _REGISTRIES else type_text(hint)
             lines.append(f"  {name:<28} {value:<14} {kind}" + (f" ({', '.join(takers)})" if takers else ""))
     return lines
 
@@ -88,7 +88,8 @@ def _takers() -> list[tuple[str, set[str]]]:
     ]
 
 
-def _type_text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
+    """A type in words."""
     words = {
         str: "text",
         int: "integer",
@@ -98,11 +99,11 @@ def _type_text(hint: Any) -> str:
         dict: "mapping",
     }
     if get_origin(hint) is Annotated:
-        return _type_text(get_args(hint)[0])
+        return type_text(get_args(hint)[0])
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) in (list, tuple):
-        return f"list of {_type_text(get_args(hint)[0])}s"
+        return f"list of {type_text(get_args(hint)[0])}s"
     if get_origin(hint) is dict:
-        return f"mapping of names to {_type_text(get_args(hint)[1])}s"
-    return words.get(hint) or " or ".join(_type_text(part) for part in get_args(hint))
+        return f"mapping of names to {type_text(get_args(hint)[1])}s"
+    return words.get(hint) or " or ".join(type_text(part) for part in get_args(hint))

@@ -86,6 +86,24 @@ def _convert(screen: Screen, receipt: Receipt) -> None:
         screen.table(["file", "size", "sha256"], rows_, justify="lrl")
 
 
+def _densify_line(receipt: Receipt) -> str:
+    shards = f"{receipt['num_shards']} file{'s' if receipt['num_shards'] > 1 else ''}"
+    what = f"{receipt['model_type']} with {receipt['intermediate_size']} neurons a layer from {receipt['made_from']}"
+    return f"{what}, {bytes_text(receipt['total_bytes'])} in {shards}, {receipt['state']}"
+
+
+def _densify(screen: Screen, receipt: Receipt) -> None:
+    order = {"plan": "the parent's, from the plan", "stored": "expert after expert"}[receipt["neuron_order"]]
+    rows = {"folder": receipt["out"], "order of neurons": order}
+    rows["scale taken out"] = ", ".join(f"{scale:g}" for scale in receipt["scales"])
+    rows["numbers"] = "kept to the last bit" if receipt["bit_exact"] else "rounded once where the scale was"
+    if receipt["zero_neurons"]:
+        rows["zero neurons left out"] = f"{receipt['zero_neurons']:,}"
+    if receipt["parent"]:
+        rows["plan was made for"] = f"checkpoint {receipt['parent'][:16]}"
+    screen.pairs(rows)
+
+
 def _verify_line(receipt: Receipt) -> str:
     passed = sum(check["passed"] for check in receipt["checks"])
     worst = {check["name"]: check["measured"] for check in receipt["checks"]}
@@ -205,6 +223,7 @@ def _mark(good: bool) -> Text:
 _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "plan": _plan_line,
     "convert": _convert_line,
+    "densify": _densify_line,
     "verify": _verify_line,
     "prepare": _prepare_line,
     "pretrain": _pretrain_line,
@@ -214,6 +233,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
 _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "plan": _plan,
     "convert": _convert,
+    "densify": _densify,
     "verify": _verify,
     "prepare": _prepare,
     "pretrain": _pretrain,

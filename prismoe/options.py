@@ -1,0 +1,52 @@
+"""Verbs that stand beside a run have a few options of their own, given as key=value after the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import Field
+
+from prismoe.bind import Binder
+from prismoe.errors import UsageError
+from prismoe.keys import type_text
+from prismoe.located import Located, read_override
+
+__all__ = ["DensifyOptions", "option_lines", "read_options"]
+
+Positive = Annotated[int, Field(ge=1)]
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class DensifyOptions:
+    """See `densify`."""
+
+    plan: str | None = None
+    scale: Annotated[float, Field(gt=0)] | None = None
+    max_shard_bytes: Positive = 5_000_000_000
+
+
+def read_options(cls: type[Options], overrides: Sequence[str]) -> Options:
+    """An instance of the dataclass `cls` from "key=value" texts.
+
+    Raises:
+        UsageError: every problem at once, one line each.
+    """
+    values: dict[str, Located] = {}
+    for text in overrides:
+        keys, value = read_override(text)
+        values[".".join(keys)] = value
+    binder = Binder([item.name for item in fields(cls)])  # type: ignore[arg-type]
+    found: Options | None = binder.record(cls, Located(values, "command line"), "")
+    if binder.problems or found is None:
+        raise UsageError("\n".join(binder.problems))
+    return found
+
+
+def option_lines(cls: Any) -> list[str]:
+    """One line for each option: name, default, type."""
+    hints = get_type_hints(cls, include_extras=True)
+    values = {item.name: "(must be set)" if item.default is MISSING else str(item.default) for item in fields(cls)}
+    return [f"  {name:<28} {value:<14} {type_text(hints[name])}" for name, value in values.items()]
