@@ -62,10 +62,11 @@ def account(dense: DenseConfig, shape: PlanShape, *, target: Target | str = "mix
     ffn = 3 * hidden * dense.intermediate_size
     router = shape.num_experts * hidden if target.router else 0
     routed, shared = 3 * hidden * shape.expert_width, 3 * hidden * shape.shared_width
-    wide = 3 * hidden * padded(shape.expert_width, pad_to) - routed
-    wide_shared = 3 * hidden * padded(shape.shared_width, pad_to) - shared
-    biases = _missing_biases(dense, target)
-    total = total_dense + biases + layers * (shape.num_experts * routed + shared + router - ffn)
+    width, shared_width = target.widths(shape, pad_to=pad_to)
+    wide, wide_shared = 3 * hidden * width - routed, 3 * hidden * shared_width - shared
+    biases = _zero_biases(dense, target)
+    constants = sum(math.prod(constant.size(dense, shape)) for constant in target.constants)
+    total = total_dense + biases + layers * (shape.num_experts * routed + shared + router + constants - ffn)
     active = total - layers * (shape.num_experts - shape.top_k) * routed
     padding = layers * (shape.num_experts * wide + wide_shared)
     kept = (dense.num_layers - layers) * ffn
@@ -95,10 +96,11 @@ def account(dense: DenseConfig, shape: PlanShape, *, target: Target | str = "mix
     )
 
 
-def _missing_biases(dense: DenseConfig, target: Target) -> int:
+def _zero_biases(dense: DenseConfig, target: Target) -> int:
     """Zero biases that the target wants and the source has not (Qwen2's output projection in Granite)."""
-    wanted = dense.qkv_bias and not dense.o_bias and "o" in target.biases
-    return dense.num_layers * dense.hidden_size if wanted else 0
+    heads = {"q": dense.num_heads, "k": dense.num_kv_heads, "v": dense.num_kv_heads}
+    sizes = {name: count * dense.head_dim for name, count in heads.items()} | {"o": dense.hidden_size}
+    return dense.num_layers * sum(sizes[name] for name in target.zero_biases(dense))
 
 
 def _notes(dense: DenseConfig, shape: PlanShape, pad_to: int) -> tuple[str, ...]:

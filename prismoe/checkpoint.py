@@ -22,7 +22,7 @@ from prismoe.errors import InputError
 from prismoe.tensorfile import DTYPES, TensorInfo, parse_json, read_header
 
 if TYPE_CHECKING:
-    from prismoe.family import DenseConfig
+    from prismoe.family import DenseConfig, Rows
 
 __all__ = ["FFN", "Checkpoint", "TensorInfo"]
 
@@ -108,6 +108,13 @@ class Checkpoint:
         return dense
 
     @cached_property
+    def places(self) -> Mapping[str, Rows]:
+        """See `tensor_rows`."""
+        from prismoe.family import tensor_rows
+
+        return tensor_rows(self.family)
+
+    @cached_property
     def side_files(self) -> tuple[Path, ...]:
         """Tokenizer, chat template, generation config and licence files, sorted by name."""
         found = sorted(path for path in self.folder.iterdir() if SIDE_FILES.fullmatch(path.name) and path.is_file())
@@ -148,10 +155,15 @@ class Checkpoint:
         flat = np.frombuffer(self.map(info.file), DTYPES[info.dtype], count=math.prod(info.shape), offset=info.start)
         return flat.reshape(info.shape)
 
+    def rows(self, name: str) -> Array:
+        """The tensor that Llama would call `name`, wherever the family stores its rows."""
+        at = self.places[name]
+        return self.array(at.source)[at.start : at.start + at.shape[0]]
+
     def ffn(self, layer: int) -> FFN:
         """The feed-forward weights of one layer."""
         prefix = f"model.layers.{layer}.mlp"
-        gate, up, down = (self.array(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
+        gate, up, down = (self.rows(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
         return FFN(gate_FD=gate, up_FD=up, down_DF=down)
 
 

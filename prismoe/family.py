@@ -11,41 +11,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prismoe.configreader import ConfigReader
 from prismoe.errors import InputError
+from prismoe.families import FAMILIES, GRANITE, REFUSED, Family
 
 __all__ = [
     "FAMILIES",
     "PROJECTIONS",
     "DenseConfig",
+    "Rows",
     "check_tensors",
     "dense_config",
     "optional_tensor",
+    "tensor_rows",
     "tensor_shapes",
 ]
 
 Rope = dict[str, Any]
-_ABSENT: Any = object()
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a model_type fixes without a config key of its own (transformers' model classes are the reference)."""
-
-    qkv_bias: bool | None = False  # None: the key attention_bias decides
-    o_bias: bool | None = False
-    qk_norm: bool = False
-    head_dim: int | None = None  # the default where config.json has none; None: hidden_size / num_heads
-    sliding: str = "never"  # never | always | by layer (layer_types, or from max_window_layers on)
-    bos_eos: tuple[int | None, int | None] = (None, None)  # where config.json has no such key
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(qkv_bias=None, o_bias=None, bos_eos=(1, 2)),
-    "mistral": Family(sliding="always", bos_eos=(1, 2)),
-    "qwen2": Family(qkv_bias=True, sliding="by layer"),
-    "qwen3": Family(qkv_bias=None, o_bias=None, qk_norm=True, head_dim=128, sliding="by layer"),
-}
-"""Every dense family prismoe reads, by config.json's model_type."""
 
 PROJECTIONS = ("q", "k", "v", "o")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -56,6 +39,7 @@ class DenseConfig:
     """One dense decoder, spelling-independent. Sizes are counts of channels, heads, tokens; see `dense_config`."""
 
     family: str
+    block: str  # how a layer is put together: see `Family`
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -73,6 +57,7 @@ class DenseConfig:
     qk_norm: bool
     sliding_window: int | None  # tokens; None when no layer slides
     sliding_layers: tuple[int, ...]
+    multipliers: dict[str, float]  # factors of its own by config key; empty for most families
     activation: str
     attention_dropout: float
     initializer_range: float
@@ -81,6 +66,18 @@ class DenseConfig:
     pad_token_id: int | None
     use_cache: bool
     dtype: str | None  # "bfloat16", …; None where config.json does not say
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """Of every layer, as transformers names them: sliding_attention or full_attention."""
+        sliding = set(self.sliding_layers)
+        return tuple(("full", "sliding")[layer in sliding] + "_attention" for layer in range(self.num_layers))
+
+    @property
+    def granite_multipliers(self) -> dict[str, float]:
+        """Granite's four by name, such that they change nothing where the source has none."""
+        plain = GRANITE | {"attention_multiplier": self.head_dim**-0.5}
+        return self.multipliers or plain
 
     @property
     def slides_uniformly(self) -> bool:
@@ -95,17 +92,22 @@ def dense_config(config: Mapping[str, Any], *, where: str = "config.json") -> De
         InputError: an unknown family, a damaged value, or a setting that changes the arithmetic in a way
             we cannot carry over exactly; the message names the field.
     """
-    read = _Reader(config, where)
+    read = ConfigReader(config, where)
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise InputError(
-            f"unsupported family {model_type!r}", where=read.at("model_type"), needed="one of " + ", ".join(FAMILIES)
+            f"unsupported family {model_type!r}",
+            where=read.at("model_type"),
+            needed="one of " + ", ".join(FAMILIES),
+            hint=REFUSED.get(str(model_type), ""),
         )
     read.refuse("hidden_act", ("silu", "swish"), "silu", "only SwiGLU feed-forward blocks can be cut into experts")
     read.refuse("mlp_bias", (False, None), False, "biased feed-forward projections have no stock MoE class")
     read.refuse("pretraining_tp", (1, None), 1, "set it to 1 if the weights are not sliced")
     read.refuse("partial_rotary_factor", (1.0, None), 1.0, "partial rotary embedding has no stock MoE class here")
+    for key, value in family.refused.items():
+        read.refuse(key, (value,), value, "no stock MoE class holds it")
     heads = read.count("num_attention_heads")
     kv_heads = read.count("num_key_value_heads", heads)
     hidden = read.count("hidden_size")
@@ -121,11 +123,12 @@ def dense_config(config: Mapping[str, Any], *, where: str = "config.json") -> De
             f"{heads} does not divide hidden_size {hidden}", where=read.at("num_attention_heads"), needed="a divisor"
         )
     layers = read.count("num_hidden_layers")
-    theta, scaling = _rope(read)
+    theta, scaling = _rope(read, family)
     bias = read.flag("attention_bias", False)
     window, sliding = _sliding(read, family, layers)
     return DenseConfig(
         family=str(model_type),
+        block=family.block,
         hidden_size=hidden,
         intermediate_size=read.count("intermediate_size"),
         num_layers=layers,
@@ -134,15 +137,16 @@ def dense_config(config: Mapping[str, Any], *, where: str = "config.json") -> De
         head_dim=head_dim,
         vocab_size=read.count("vocab_size"),
         max_positions=read.count("max_position_embeddings"),
-        rms_eps=read.real("rms_norm_eps", 1e-6),
+        rms_eps=read.real(*family.eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=read.flag("tie_word_embeddings", False),
+        tie_embeddings=read.flag("tie_word_embeddings", family.tied),
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         o_bias=bias if family.o_bias is None else family.o_bias,
-        qk_norm=family.qk_norm,
+        qk_norm=bool(family.qk_norms),
         sliding_window=window,
         sliding_layers=sliding,
+        multipliers={key: read.real(key, default) for key, default in family.multipliers.items()},
         activation="silu",
         attention_dropout=read.real("attention_dropout", 0.0),
         initializer_range=read.real("initializer_range", 0.02),
@@ -154,24 +158,65 @@ def dense_config(config: Mapping[str, Any], *, where: str = "config.json") -> De
     )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of one tensor lie: from `start` on in stored tensor `source`; `whole`: they are all of it."""
+
+    source: str
+    start: int
+    shape: tuple[int, ...]
+    whole: bool
+
+
+def tensor_rows(dense: DenseConfig) -> dict[str, Rows]:
+    """Every tensor of the model under the name that Llama and every target have for it, with the place of its rows.
+
+    Only families that store projections fused have it elsewhere than under that name.
+    """
+    holder = {part: stored for stored, parts in FAMILIES[dense.family].fused.items() for part in parts}
+    found: dict[str, Rows] = {}
+    rows_of: dict[str, int] = {}
+    for name, shape in _shapes(dense).items():
+        prefix, part = _split(name)
+        stored = holder.get(part)
+        source = f"{prefix}{stored}.weight" if stored else name
+        found[name] = Rows(source, rows_of.get(source, 0), shape, stored is None)
+        rows_of[source] = found[name].start + shape[0]
+    return found
+
+
 def tensor_shapes(dense: DenseConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor the dense checkpoint must hold, by name, with its shape (weights are [out, in])."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rows in tensor_rows(dense).values():
+        shapes[rows.source] = (rows.start + rows.shape[0], *rows.shape[1:])
+    return shapes
+
+
+def _split(name: str) -> tuple[str, str]:
+    """ "model.layers.3.mlp.up_proj.weight" in "model.layers.3." and "mlp.up_proj"; other names whole."""
+    parts = name.split(".")
+    return (".".join(parts[:3]) + ".", ".".join(parts[3:-1])) if parts[1] == "layers" else ("", name)
+
+
+def _shapes(dense: DenseConfig) -> dict[str, tuple[int, ...]]:
     d, f = dense.hidden_size, dense.intermediate_size
     q, kv = dense.num_heads * dense.head_dim, dense.num_kv_heads * dense.head_dim
     out = {"q": q, "k": kv, "v": kv, "o": d}
     biased = {"q": dense.qkv_bias, "k": dense.qkv_bias, "v": dense.qkv_bias, "o": dense.o_bias}
+    first, *later = FAMILIES[dense.family].norms
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (dense.vocab_size, d)}
     for layer in range(dense.num_layers):
         at = f"model.layers.{layer}"
-        shapes[f"{at}.input_layernorm.weight"] = (d,)
+        shapes[f"{at}.{first}.weight"] = (d,)
         for name in PROJECTIONS:
             shapes[f"{at}.self_attn.{name}_proj.weight"] = (out[name], q if name == "o" else d)
             if biased[name]:
                 shapes[f"{at}.self_attn.{name}_proj.bias"] = (out[name],)
-        if dense.qk_norm:
-            shapes[f"{at}.self_attn.q_norm.weight"] = (dense.head_dim,)
-            shapes[f"{at}.self_attn.k_norm.weight"] = (dense.head_dim,)
-        shapes[f"{at}.post_attention_layernorm.weight"] = (d,)
+        for norm, width in zip(FAMILIES[dense.family].qk_norms, (q, kv), strict=False):
+            shapes[f"{at}.self_attn.{norm}.weight"] = (width if dense.block == "post-norm" else dense.head_dim,)
+        for norm in later:
+            shapes[f"{at}.{norm}.weight"] = (d,)
         shapes[f"{at}.mlp.gate_proj.weight"] = (f, d)
         shapes[f"{at}.mlp.up_proj.weight"] = (f, d)
         shapes[f"{at}.mlp.down_proj.weight"] = (d, f)
@@ -207,7 +252,7 @@ def check_tensors(dense: DenseConfig, shapes: Mapping[str, tuple[int, ...]], *, 
             raise InputError(f"shape {list(shapes[name])}", where=f"{where}: {name}", needed=f"{list(shape)}")
 
 
-def _rope(read: _Reader) -> tuple[float, Rope | None]:
+def _rope(read: ConfigReader, family: Family) -> tuple[float, Rope | None]:
     """(theta, scaling) from the old spelling, the new one, or both where they agree."""
     new = read.table("rope_parameters")
     old = read.table("rope_scaling")
@@ -225,14 +270,14 @@ def _rope(read: _Reader) -> tuple[float, Rope | None]:
             where=read.at("rope_scaling"),
             needed="one rope scaling",
         )
-    return (thetas.pop() if thetas else 10_000.0), (scalings[0] if scalings else None)
+    return (thetas.pop() if thetas else family.rope_theta), (scalings[0] if scalings else None)
 
 
-def _theta(read: _Reader, table: Rope | None) -> float | None:
-    return None if table is None else _Reader(table, read.where).real("rope_theta", None)
+def _theta(read: ConfigReader, table: Rope | None) -> float | None:
+    return None if table is None else ConfigReader(table, read.where).real("rope_theta", None)
 
 
-def _scaling(read: _Reader, table: Rope) -> Rope | None:
+def _scaling(read: ConfigReader, table: Rope) -> Rope | None:
     kind = table.get("rope_type", table.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise InputError(
@@ -250,9 +295,10 @@ def _scaling(read: _Reader, table: Rope) -> Rope | None:
     return {"rope_type": kind, **{key: value for key, value in table.items() if key not in ignored}}
 
 
-def _sliding(read: _Reader, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _sliding(read: ConfigReader, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """Window in tokens and the layers it holds for, as transformers' dense class of the family would apply it."""
-    if family.sliding == "never" or _null(read, "sliding_window"):
+    absent = family.window is None and "sliding_window" not in read.config
+    if family.sliding == "never" or absent or read.null("sliding_window"):
         return None, ()
     types = read.config.get("layer_types")
     if types is not None and (
@@ -269,74 +315,14 @@ def _sliding(read: _Reader, family: Family, layers: int) -> tuple[int | None, tu
                 "layers that do not slide", where=read.at("layer_types"), needed="sliding_attention everywhere"
             )
         sliding = tuple(range(layers))
-    elif not read.flag("use_sliding_window", False):
+    elif family.sliding == "by layer" and not read.flag("use_sliding_window", False):
         return None, ()
     elif types is not None:
         sliding = tuple(layer for layer, kind in enumerate(types) if kind == "sliding_attention")
+    elif family.sliding == "pattern":
+        every = read.count("sliding_window_pattern", 4)
+        sliding = tuple(layer for layer in range(layers) if (layer + 1) % every)
     else:
         first = read.config.get("max_window_layers", 28)
         sliding = tuple(range(first if isinstance(first, int) and first >= 0 else 0, layers))
-    return (read.count("sliding_window", 4096), sliding) if sliding else (None, ())
-
-
-def _null(read: _Reader, key: str) -> bool:
-    """True where the key is there and null (absent means the family's default)."""
-    return key in read.config and read.config[key] is None
-
-
-class _Reader:
-    """Typed access to an untrusted JSON object; every complaint names the file and the field."""
-
-    def __init__(self, config: Mapping[str, Any], where: str) -> None:
-        self.config, self.where = config, where
-
-    def at(self, key: str) -> str:
-        return f"{self.where}: {key}"
-
-    def refuse(self, key: str, accepted: tuple[Any, ...], needed: Any, why: str) -> None:
-        value = self.config.get(key)
-        if value is not None and value not in accepted:
-            raise InputError(f"{value!r}", where=self.at(key), needed=f"{needed!r}", hint=why)
-
-    def _value(self, key: str, default: Any, kinds: tuple[type, ...], needed: str) -> Any:
-        value = self.config.get(key)
-        if value is None:
-            if default is _ABSENT:
-                raise InputError("missing", where=self.at(key), needed=needed)
-            return default
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise InputError(f"{value!r}"[:80], where=self.at(key), needed=needed)
-        return value
-
-    def count(self, key: str, default: Any = _ABSENT) -> int:
-        value: int = self._value(key, default, (int,), "a positive whole number")
-        if not 0 < value < 2**31:
-            raise InputError(f"{value}", where=self.at(key), needed="a positive whole number")
-        return value
-
-    def real(self, key: str, default: Any) -> Any:
-        value = self._value(key, default, (int, float), "a number")
-        if value is not None and not 0 <= value < float("inf"):
-            raise InputError(f"{value}", where=self.at(key), needed="a finite number, not negative")
-        return None if value is None else float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        return bool(self._value(key, default, (bool,), "true or false"))
-
-    def text(self, key: str) -> str | None:
-        value: str | None = self._value(key, None, (str,), "text")
-        return value
-
-    def table(self, key: str) -> Rope | None:
-        value: Rope | None = self._value(key, None, (dict,), "an object or null")
-        return value
-
-    def token(self, key: str) -> int | None:
-        value: int | None = self._value(key, None, (int,), "a token id or null")
-        return value
-
-    def tokens(self, key: str) -> int | list[int] | None:
-        value: int | list[int] | None = self._value(key, None, (int, list), "a token id, a list of them or null")
-        if isinstance(value, list) and not all(type(item) is int for item in value):
-            raise InputError(f"{value!r}"[:80], where=self.at(key), needed="token ids")
-        return value
+    return (read.count("sliding_window", family.window), sliding) if sliding else (None, ())

@@ -9,18 +9,29 @@ readers then load a silently wrong model).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, UsageError
-from prismoe.family import DenseConfig, check_tensors, tensor_shapes
+from prismoe.family import DenseConfig, Rows, check_tensors
 from prismoe.plan import LayerPlan, Plan, PlanShape, RouterDraw, plan_shape
 from prismoe.recipe import Copy, Draws, Fill, IntArray, Recipe, Stack, Take
 
-__all__ = ["Objection", "Rule", "Slot", "Target", "lower", "moe_config", "output_config", "padded"]
+__all__ = [
+    "Constant",
+    "Objection",
+    "Rule",
+    "Slot",
+    "Target",
+    "absorbed",
+    "lower",
+    "moe_config",
+    "output_config",
+    "padded",
+]
 
 PAD_TO = 32
 """Widths are rounded up to this with zero neurons: stock CPU kernels need 8, llama.cpp's Q8_0 blocks need 32."""
@@ -35,6 +46,16 @@ class Slot:
 
     key: str
     parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One more tensor of a layer with experts: `size` numbers `value`, stored in the gate matrix's dtype or `dtype`."""
+
+    key: str
+    size: Callable[[DenseConfig, PlanShape], tuple[int, ...]]
+    value: float = 0.0
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,9 +87,19 @@ class Target:
     """One stock MoE architecture.
 
     `config(dense, shape, width, shared_width)` gives the keys that only this architecture has or names in its own
-    way; widths are the padded ones. `biases` are the attention projections that get a bias (zeros where the
-    source has none) as soon as the source has any. The routed output's scale is folded into the matrices.
-    Without a `router` it is the source's own architecture, and `config` the keys that change.
+    way; widths are the padded ones. The routed output's scale is folded into the matrices. Without a `router` it is
+    the source's own architecture, and `config` the keys that change.
+
+    Attributes:
+        block: the one way of putting a layer together that it has, see `Family`.
+        multipliers: keys of the factors that it has.
+        gate: what a kept expert is weighted with: "softmax" over the kept logits, or "sigmoid" of each over their sum.
+        shared: the always-on expert; `shared_factor` goes into its down matrix (2 where the class halves it),
+            `shared_unit` is what its width is a multiple of ("pad_to", or "expert": the width of an expert; "equal" is
+            that very width), and `shared_always` whether there is no way without one (zero neurons then stand in).
+        biases: the attention projections that get a bias (zeros where the source has none) as soon as the source has
+            any, or with `biased_always` in any case.
+        constants: tensors with nothing of the source in them.
     """
 
     name: str
@@ -77,15 +108,43 @@ class Target:
     experts: tuple[Slot, ...]
     config: Callable[[DenseConfig, PlanShape, int, int], dict[str, Any]]
     rules: tuple[Rule, ...]
+    block: str = "pre-norm"
+    multipliers: tuple[str, ...] = ()
+    gate: str = "softmax"
     shared: tuple[Slot, ...] = ()
+    shared_factor: float = 1.0
+    shared_unit: str = "pad_to"
+    shared_always: bool = False
     biases: tuple[str, ...] = ()
+    biased_always: bool = False
+    constants: tuple[Constant, ...] = ()
 
     def objections(self, dense: DenseConfig, shape: PlanShape) -> tuple[Objection, ...]:
         """Every field that stands in the way; empty when the target holds the model exactly."""
+        own = (
+            Rule("block", lambda dense, shape: dense.block == self.block, f"{self.block}: how its layers are built"),
+            Rule(
+                "multipliers", lambda dense, shape: set(dense.multipliers) <= set(self.multipliers), "none but its own"
+            ),
+        )
         return tuple(
             Objection(rule.field, _shown(getattr(dense, rule.field, getattr(shape, rule.field, None))), rule.needed)
-            for rule in self.rules
+            for rule in (*(own if self.router else ()), *self.rules)
             if not rule.holds(dense, shape)
+        )
+
+    def widths(self, shape: PlanShape, *, pad_to: int = PAD_TO) -> tuple[int, int]:
+        """Stored widths of a routed and of the shared expert, zero neurons included."""
+        widest = max(shape.expert_width, shape.shared_width if self.shared_unit == "equal" else 0)
+        width = padded(widest, pad_to)
+        unit = pad_to if self.shared_unit == "pad_to" else width
+        return width, padded(max(shape.shared_width, int(self.shared_always)), unit)
+
+    def zero_biases(self, dense: DenseConfig) -> tuple[str, ...]:
+        """Attention projections whose bias it wants and the source has not."""
+        there = {"q": dense.qkv_bias, "k": dense.qkv_bias, "v": dense.qkv_bias, "o": dense.o_bias}
+        return (
+            tuple(name for name in self.biases if not there[name]) if any(there.values()) or self.biased_always else ()
         )
 
 
@@ -129,7 +188,7 @@ def moe_config(dense: DenseConfig, shape: PlanShape, target: Target, *, pad_to: 
         "num_experts_per_tok": shape.top_k,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.01,
-        **target.config(dense, shape, padded(shape.expert_width, pad_to), padded(shape.shared_width, pad_to)),
+        **target.config(dense, shape, *target.widths(shape, pad_to=pad_to)),
     }
 
 
@@ -137,12 +196,22 @@ def output_config(checkpoint: Checkpoint, shape: PlanShape, target: Target, *, p
     """config.json of the converted model: written from scratch, or the source's where its architecture stays."""
     if target.router:
         return moe_config(checkpoint.family, shape, target, pad_to=pad_to)
-    width, shared_width = padded(shape.expert_width, pad_to), padded(shape.shared_width, pad_to)
-    return {**checkpoint.config, **target.config(checkpoint.family, shape, width, shared_width)}
+    return {**checkpoint.config, **target.config(checkpoint.family, shape, *target.widths(shape, pad_to=pad_to))}
 
 
-def lower(checkpoint: Checkpoint, plan: Plan, target: Target, *, pad_to: int = PAD_TO) -> dict[str, Recipe]:
+def absorbed(shape: PlanShape) -> PlanShape:
+    """The shape of a plan whose shared neurons are appended to every expert."""
+    return replace(shape, expert_width=shape.expert_width + shape.shared_width, shared_width=0)
+
+
+def lower(
+    checkpoint: Checkpoint, plan: Plan, target: Target, *, pad_to: int = PAD_TO, absorb: bool = False
+) -> dict[str, Recipe]:
     """How every tensor of the converted model is made, in the order in which a shard should hold them.
+
+    With `absorb` the shared neurons are appended to every expert, which is the same function because the weights of
+    the kept experts sum to one: computed top_k times and stored num_experts times. The scale of the routed neurons
+    then goes into their rows of up and gate, because columns of one down matrix have one factor.
 
     Raises:
         UsageError: the target cannot express the plan on this checkpoint exactly; names every field in the way.
@@ -155,30 +224,32 @@ def lower(checkpoint: Checkpoint, plan: Plan, target: Target, *, pad_to: int = P
         raise InputError(
             f"a plan for (layers, neurons, hidden) = {found}", where=where, needed=f"{needed}", hint="make a new plan"
         )
-    shape = plan_shape(plan)
+    shape = absorbed(plan_shape(plan)) if absorb else plan_shape(plan)
     if objections := target.objections(dense, shape):
         raise UsageError("; ".join(map(str, objections)), where=f"{where}: target {target.name}")
-    width, shared_width = padded(shape.expert_width, pad_to), padded(shape.shared_width, pad_to)
+    if absorb and any(layer and (layer.noise or layer.redraw) for layer in plan.layers):
+        raise UsageError("absorb with experts that were changed", where=where, needed="experts of unchanged neurons")
+    width, shared_width = target.widths(shape, pad_to=pad_to)
+    zero_biases = target.zero_biases(dense)
     recipes: dict[str, Recipe] = {}
-    for name in _in_layer_order(checkpoint, dense):
+    for name, at in _in_layer_order(checkpoint).items():
         layer = _ffn_layer(name)
         layer_plan = None if layer is None else plan.layers[layer]
+        dtype = checkpoint.tensors[at.source].dtype
         if layer is None or layer_plan is None:
-            recipes[name] = Copy(name)
+            recipes[name] = _carried(at)
         elif name.endswith(".gate_proj.weight"):
-            dtype = checkpoint.tensors[name].dtype
+            block = _Block(checkpoint.places, layer, layer_plan, absorb)
             if target.router:
                 recipes[target.router.format(l=layer)] = _router(layer_plan, layer, dense.hidden_size, dtype)
-            block = _Block(dense, layer)
             for slot in target.experts:
-                recipes.update(block.routed(slot, layer_plan, width, single=not target.router))
-            for slot in target.shared if shape.shared_width else ():
-                recipes[slot.key.format(l=layer)] = block.single(slot, layer_plan.shared, shared_width)
-        if name.endswith("_proj.weight") and ".self_attn." in name and dense.qkv_bias:
-            bias = name.removesuffix("weight") + "bias"
-            if name.split(".")[-2][0] in target.biases and bias not in checkpoint.tensors:
-                info = checkpoint.tensors[name]
-                recipes[bias] = Fill((info.shape[0],), info.dtype)
+                recipes.update(block.routed(slot, width, single=not target.router))
+            for slot in target.shared if shared_width else ():
+                recipes[slot.key.format(l=layer)] = block.always_on(slot, shared_width, target.shared_factor, dtype)
+            for constant in target.constants:
+                recipes[constant.key.format(l=layer)] = _constant(constant, constant.size(dense, shape), dtype)
+        if ".self_attn." in name and name.endswith("_proj.weight") and name.split(".")[-2][0] in zero_biases:
+            recipes[name.removesuffix("weight") + "bias"] = Fill(at.shape[:1], dtype)
     return recipes
 
 
@@ -186,53 +257,80 @@ def lower(checkpoint: Checkpoint, plan: Plan, target: Target, *, pad_to: int = P
 class _Block:
     """Recipes of one layer's feed-forward tensors."""
 
-    dense: DenseConfig
+    places: Mapping[str, Rows]
     layer: int
+    plan: LayerPlan
+    absorb: bool
 
-    def routed(self, slot: Slot, plan: LayerPlan, width: int, *, single: bool = False) -> dict[str, Recipe]:
+    def routed(self, slot: Slot, width: int, *, single: bool) -> dict[str, Recipe]:
         """Recipes of all experts; `single`: there is one, and its tensor has no axis of experts."""
+        experts = {e: self._expert(slot, e, width) for e in range(len(self.plan.experts))}
         if "{e}" in slot.key or single:
             return {
-                slot.key.format(l=self.layer, e=e): self.single(slot, index, width, plan, expert=e)
-                for e, index in enumerate(plan.experts)
+                slot.key.format(l=self.layer, e=e): _stacked(parts, self._shape(slot, width))
+                for e, parts in experts.items()
             }
-        parts = tuple(
-            part for e, index in enumerate(plan.experts) for part in self._parts(slot, index, width, plan, expert=e)
-        )
-        shape = (len(plan.experts), *self._shape(slot, width))
-        return {slot.key.format(l=self.layer): Stack(shape, parts)}
+        shape = (len(experts), *self._shape(slot, width))
+        return {
+            slot.key.format(l=self.layer): Stack(shape, tuple(part for parts in experts.values() for part in parts))
+        }
 
-    def single(
-        self, slot: Slot, index: IntArray, width: int, plan: LayerPlan | None = None, *, expert: int = 0
-    ) -> Recipe:
-        """One block of neurons: expert number `expert` of `plan`, or without a plan neurons as they are."""
-        parts = self._parts(slot, index, width, plan, expert=expert)
-        return parts[0] if len(parts) == 1 else Stack(self._shape(slot, width), parts)
+    def always_on(self, slot: Slot, width: int, factor: float, dtype: str) -> Recipe:
+        """The shared expert; zero neurons where the plan has none."""
+        shape = self._shape(slot, width)
+        if self.absorb or not len(self.plan.shared):
+            return Fill(shape, dtype)
+        factors = {"gate": 1.0, "up": 1.0, "down": factor}
+        parts = tuple(self._take(part, self.plan.shared, factors[part], width) for part in slot.parts)
+        return _stacked(parts, shape)
+
+    def _expert(self, slot: Slot, expert: int, width: int) -> tuple[Copy | Take | Fill, ...]:
+        index, factors = self.plan.experts[expert], self.plan.factors
+        if not self.absorb:
+            return tuple(
+                self._take(part, index, factors[part], width, _draws(self.plan, part, layer=self.layer, expert=expert))
+                for part in slot.parts
+            )
+        shared, rows = self.plan.shared, {"gate": factors["gate"], "up": factors["up"] * factors["down"]}
+        found: list[Copy | Take | Fill] = []
+        for part in slot.parts:
+            if part == "down":
+                found.append(self._take(part, np.concatenate([index, shared]), 1.0, width))
+            else:
+                found += [
+                    self._take(part, index, rows[part], len(index)),
+                    self._take(part, shared, 1.0, width - len(index)),
+                ]
+        return tuple(found)
 
     def _shape(self, slot: Slot, width: int) -> tuple[int, int]:
-        hidden = self.dense.hidden_size
+        hidden = self._place("down").shape[0]
         return (hidden, width) if slot.parts == ("down",) else (len(slot.parts) * width, hidden)
 
-    def _parts(
-        self, slot: Slot, index: IntArray, width: int, plan: LayerPlan | None, *, expert: int
-    ) -> tuple[Copy | Take, ...]:
-        return tuple(
-            self._part(
-                part,
-                index,
-                width,
-                1.0 if plan is None else plan.factors[part],
-                None if plan is None else _draws(plan, part, layer=self.layer, expert=expert),
-            )
-            for part in slot.parts
-        )
+    def _place(self, part: str) -> Rows:
+        return self.places[f"model.layers.{self.layer}.mlp.{part}_proj.weight"]
 
-    def _part(self, part: str, index: IntArray, width: int, factor: float, draws: Draws | None) -> Copy | Take:
-        source = f"model.layers.{self.layer}.mlp.{part}_proj.weight"
-        neurons = self.dense.intermediate_size
-        if len(index) == width == neurons and factor == 1.0 and draws is None:
-            return Copy(source)  # upcycling moves whole tensors: the executor copies them inside the kernel
-        return Take(source, 1 if part == "down" else 0, index, factor, width - len(index), draws)
+    def _take(self, part: str, index: IntArray, factor: float, width: int, draws: Draws | None = None) -> Copy | Take:
+        """Neurons `index` of one matrix, then zero neurons up to `width`."""
+        at, axis = self._place(part), 1 if part == "down" else 0
+        if at.whole and len(index) == width == at.shape[axis] and factor == 1.0 and draws is None:
+            return Copy(at.source)  # upcycling moves whole tensors
+        return Take(at.source, axis, index + np.int32(at.start), factor, width - len(index), draws)
+
+
+def _stacked(parts: tuple[Copy | Take | Fill, ...], shape: tuple[int, ...]) -> Recipe:
+    return parts[0] if len(parts) == 1 else Stack(shape, parts)
+
+
+def _carried(at: Rows) -> Copy | Take:
+    return (
+        Copy(at.source) if at.whole else Take(at.source, 0, np.arange(at.start, at.start + at.shape[0], dtype=np.int32))
+    )
+
+
+def _constant(constant: Constant, size: tuple[int, ...], dtype: str) -> Fill:
+    rows = np.full(size, constant.value, np.float32) if constant.value else None
+    return Fill(size, constant.dtype or dtype, rows=rows)
 
 
 def _draws(plan: LayerPlan, part: str, *, layer: int, expert: int) -> Draws | None:
@@ -256,12 +354,12 @@ def _router(plan: LayerPlan, layer: int, hidden_size: int, dtype: str) -> Fill:
     return Fill(shape, dtype, rows=plan.router)
 
 
-def _in_layer_order(checkpoint: Checkpoint, dense: DenseConfig) -> Mapping[str, None]:
-    """Names to carry over: everything expected, and a stored copy of a tied head; rotary tables are dropped."""
-    names = dict.fromkeys(tensor_shapes(dense))
-    if "lm_head.weight" in checkpoint.tensors:
-        names["lm_head.weight"] = None
-    return names
+def _in_layer_order(checkpoint: Checkpoint) -> Mapping[str, Rows]:
+    """What to carry over: everything expected, and a stored copy of a tied head; rotary tables are dropped."""
+    places, head = dict(checkpoint.places), "lm_head.weight"
+    if head in checkpoint.tensors and head not in places:
+        places[head] = Rows(head, 0, checkpoint.tensors[head].shape, whole=True)
+    return places
 
 
 def _ffn_layer(name: str) -> int | None:

@@ -55,8 +55,27 @@ SOURCES = {
     "mistral window": Source("mistral", {"sliding_window": 8}),
     "qwen2 tied": Source("qwen2", {"tie_word_embeddings": True}),
     "qwen3": Source("qwen3", {"head_dim": 32}),
+    "phi3": Source("phi3"),
+    "phi3 window": Source("phi3", {"sliding_window": 8}),
+    "olmo2": Source("olmo2"),
+    "granite": Source(
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.11,
+            "logits_scaling": 1.7,
+            "attention_bias": True,
+        },
+    ),
+    "ernie4_5": Source("ernie4_5"),
+    "cohere2": Source("cohere2", {"sliding_window": 8, "num_hidden_layers": 4}),
+    "hunyuan": Source("hunyuan_v1_dense"),
     "qwen3 biased window": Source("qwen3", {"attention_bias": True, "max_window_layers": 0, **WINDOW}),
 }
+
+ONLY_5 = ("cohere2_moe", "granitemoe_swa")
+"""Targets whose class transformers 4.57 has not."""
 
 PARTITION = {"method": "random", "num_experts": 8, "router_std": 0.3}
 SHARED = {"method": "random", "num_experts": 8, "shared": 32, "router_std": 0.3}
@@ -94,6 +113,40 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("qwen3", "qwen3_moe", "upcycle", UPCYCLE),
         ("qwen3", "qwen3_moe", "middle layer dense", {**PARTITION, "layers": "even"}),
         ("qwen3 biased window", "qwen3_moe", "partition", PARTITION),
+        ("llama2", "granitemoe", "partition", PARTITION),
+        ("qwen2 tied", "granitemoe", "upcycle", UPCYCLE),
+        ("granite", "granitemoe", "partition", PARTITION),
+        ("granite", "granitemoeshared", "shared", SHARED),
+        ("llama3.1 tied", "granitemoehybrid", "shared", SHARED),
+        ("granite", "granitemoehybrid", "partition", PARTITION),
+        ("llama3.1 tied", "granitemoe_swa", "shared", SHARED),
+        ("mistral window", "granitemoe_swa", "shared", SHARED),
+        ("qwen2 tied", "granitemoe_swa", "partition", PARTITION),
+        ("llama2", "qwen2_moe", "shared", SHARED),
+        ("llama3.1 tied", "qwen2_moe", "shared", SHARED),
+        ("mistral window", "qwen2_moe", "shared", SHARED),
+        ("qwen2 tied", "qwen2_moe", "shared", SHARED),
+        ("qwen2 tied", "qwen2_moe", "partition", PARTITION),
+        ("qwen2 tied", "qwen2_moe", "upcycle", UPCYCLE),
+        ("qwen2 tied", "qwen2_moe", "middle layer dense", {**SHARED, "layers": "even"}),
+        ("llama2", "glm4_moe", "shared", SHARED),
+        ("llama3.1 tied", "glm4_moe", "shared, first layer dense", {**SHARED, "layers": "1-2"}),
+        ("qwen2 tied", "glm4_moe", "shared", SHARED),
+        ("qwen3", "glm4_moe", "shared", SHARED),
+        ("qwen3", "glm4_moe", "upcycle", UPCYCLE),
+        ("phi3", "mixtral", "partition", PARTITION),
+        ("phi3 window", "mixtral", "upcycle", UPCYCLE),
+        ("phi3", "granitemoeshared", "shared", SHARED),
+        ("phi3", "qwen2_moe", "shared", SHARED),
+        ("olmo2", "flex_olmo", "partition", PARTITION),
+        ("olmo2", "flex_olmo", "upcycle", UPCYCLE),
+        ("ernie4_5", "ernie4_5_moe", "shared", SHARED),
+        ("ernie4_5", "ernie4_5_moe", "first layer dense", {**PARTITION, "layers": "1-2"}),
+        ("ernie4_5", "ernie4_5_moe", "upcycle", UPCYCLE),
+        ("cohere2", "cohere2_moe", "shared", SHARED),
+        ("cohere2", "cohere2_moe", "middle layers dense", {**PARTITION, "layers": "0,3"}),
+        ("hunyuan", "hunyuan_v1_moe", "shared", SHARED),
+        ("hunyuan", "hunyuan_v1_moe", "upcycle", UPCYCLE),
     ]
 }
 
@@ -135,8 +188,11 @@ def compute(model: Any) -> tuple[np.ndarray, np.ndarray]:
     return logits, ids[0, NUM_TOKENS:].numpy()
 
 
-def reference(folder: Path, plan: Plan, routers: dict[int, np.ndarray]) -> Any:
-    """The stock dense model in which planned layers compute: shared + scale · Σ over the top-k of p · expert."""
+def reference(folder: Path, plan: Plan, routers: dict[int, np.ndarray], *, gate: str = "softmax") -> Any:
+    """The stock dense model in which planned layers compute: shared + scale · Σ over the top-k of p · expert.
+
+    p is the softmax over the kept logits, or with `gate` "sigmoid" their sigmoids over the sum of these.
+    """
     import torch
     from torch.nn.functional import silu
     from transformers import AutoModelForCausalLM
@@ -151,12 +207,15 @@ def reference(folder: Path, plan: Plan, routers: dict[int, np.ndarray]) -> Any:
 
         def neurons(self, x: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
             at = torch.from_numpy(ids.astype(np.int64))
-            hidden = silu(x @ self.mlp.gate_proj.weight[at].T) * (x @ self.mlp.up_proj.weight[at].T)
+            fused = getattr(self.mlp, "gate_up_proj", None)
+            gate, up = (self.mlp.gate_proj.weight, self.mlp.up_proj.weight) if fused is None else fused.weight.chunk(2)
+            hidden = silu(x @ gate[at].T) * (x @ up[at].T)
             return hidden @ self.mlp.down_proj.weight[:, at].T
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             kept, chosen = (x @ self.router.T).topk(plan.top_k, dim=-1)
-            weights = torch.zeros(*x.shape[:-1], len(self.router)).scatter(-1, chosen, kept.softmax(-1))
+            p = kept.softmax(-1) if gate == "softmax" else kept.sigmoid() / kept.sigmoid().sum(-1, keepdim=True)
+            weights = torch.zeros(*x.shape[:-1], len(self.router)).scatter(-1, chosen, p)
             routed = sum(weights[..., e, None] * self.neurons(x, ids) for e, ids in enumerate(self.layer.experts))
             return self.layer.scale * routed + self.neurons(x, self.layer.shared)
 

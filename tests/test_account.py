@@ -88,7 +88,7 @@ def test_scale_note_only_where_folding_rounds() -> None:
 
 def test_verdicts_name_the_field() -> None:
     found = account(LLAMA2_7B, shape(LLAMA2_7B, 8, 2, 1024, shared=2816), target="granitemoeshared")
-    assert found.accepted_by == ("granitemoeshared",)
+    assert found.accepted_by == ("glm4_moe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "qwen2_moe")
     assert [objection.field for objection in found.objections["mixtral"]] == ["shared_width"]
     assert [objection.field for objection in found.objections["qwen3_moe"]] == ["qk_norm", "shared_width"]
     assert found.to_dict()["objections"]["mixtral"][0] == {
@@ -105,6 +105,10 @@ def test_verdicts_name_the_field() -> None:
         ("llama", "mixtral", "upcycle", {"num_experts": 3}),
         ("qwen2", "granitemoeshared", "random", {"num_experts": 8, "shared": 16}),
         ("qwen3", "qwen3_moe", "random", {"num_experts": 8, "layers": "1-2"}),
+        ("llama", "qwen2_moe", "upcycle", {"num_experts": 3}),
+        ("qwen3", "glm4_moe", "random", {"num_experts": 4, "shared": 40}),
+        ("hunyuan_v1_dense", "hunyuan_v1_moe", "random", {"num_experts": 4, "shared": 40}),
+        ("phi3", "granitemoe_swa", "random", {"num_experts": 8}),
     ],
 )
 def test_counts_equal_the_lowered_tensors(

@@ -32,8 +32,9 @@ def read(**changes: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_config_promises_the_tensors_that_stock_transformers_saves(tmp_path: Path, family: str, tied: bool) -> None:
-    biased = {"attention_bias": True} if family in ("llama", "qwen3") else {}
-    checkpoint = Checkpoint.open(tiny_dense(tmp_path, family, tie_word_embeddings=tied, head_dim=32, **biased))
+    biased = {"attention_bias": True} if FAMILIES[family].qkv_bias is None else {}
+    head_dim = 16 if family in ("cohere2", "phi3") else 32  # Cohere and Phi-3 derive it
+    checkpoint = Checkpoint.open(tiny_dense(tmp_path, family, tie_word_embeddings=tied, head_dim=head_dim, **biased))
     assert tensor_shapes(checkpoint.family) == {name: info.shape for name, info in checkpoint.tensors.items()}
 
 
@@ -48,7 +49,7 @@ def test_agrees_with_the_stock_config(tmp_path: Path, family: str) -> None:
     assert mine.head_dim == (getattr(stock, "head_dim", None) or 16)
     assert mine.num_kv_heads == stock.num_key_value_heads == 2
     assert mine.rope_theta == stock.rope_parameters["rope_theta"] == 7e5
-    assert mine.rms_eps == stock.rms_norm_eps
+    assert mine.rms_eps == (stock.layer_norm_eps if family == "cohere2" else stock.rms_norm_eps)
     assert mine.tie_embeddings == stock.tie_word_embeddings
     assert mine.initializer_range == stock.initializer_range
     assert (mine.bos_token_id, mine.eos_token_id) == (5, stock.eos_token_id)
@@ -116,11 +117,14 @@ def test_sliding_window_as_stock_applies_it(
     [
         (
             {"model_type": "gemma2"},
-            "config.json: model_type: unsupported family 'gemma2'; needed one of llama, mistral, qwen2, qwen3",
+            "config.json: model_type: unsupported family 'gemma2'; needed one of cohere2, ernie4_5, granite, hunyuan_v1_dense, llama, mistral, olmo2, phi3, qwen2, qwen3 "
+            "(hint: norms around both halves of a layer and a GELU gate: no stock MoE class holds both, and softcapped "
+            "logits)",
         ),
         (
             {"model_type": None},
-            "config.json: model_type: unsupported family None; needed one of llama, mistral, qwen2, qwen3",
+            "config.json: model_type: unsupported family None; needed one of "
+            "cohere2, ernie4_5, granite, hunyuan_v1_dense, llama, mistral, olmo2, phi3, qwen2, qwen3",
         ),
         (
             {"hidden_act": "gelu"},

@@ -59,7 +59,7 @@ def tiny_dense(folder: Path, family: str = "llama", *, seed: int = 0, dtype: str
         "eos_token_id": 2,
         "pad_token_id": None,
     }
-    if family == "qwen3":
+    if family in ("ernie4_5", "hunyuan_v1_dense", "qwen3"):  # their default is no hidden_size / num_heads
         settings["head_dim"] = 16
     if family == "mistral":
         settings["sliding_window"] = None

@@ -25,6 +25,7 @@ TARGET = Target(
             lambda dense, shape: shape.expert_width < dense.intermediate_size,
             "less than the dense FFN: all of it is the source itself",
         ),
+        Rule("family", lambda dense, shape: dense.family != "phi3", "one that stores its projections apart"),
         Rule("shared_width", lambda dense, shape: shape.shared_width == 0, "0: it has no shared expert"),
         Rule("dense_layers", lambda dense, shape: not shape.dense_layers, "[]: every layer has the same width"),
     ),

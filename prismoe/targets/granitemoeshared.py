@@ -1,8 +1,9 @@
 """Granite-MoE with a shared expert: softmax over the kept top-k logits plus an always-on block of any width.
 
-Its four multipliers are set so that they change nothing; experts are fused on disk, gate rows above up rows.
+Its four multipliers change nothing where the source has none; experts are fused on disk, gate rows above up rows.
 """
 
+from prismoe.families import GRANITE
 from prismoe.target import Rule, Slot, Target
 
 LAYER = "model.layers.{l}"
@@ -20,13 +21,11 @@ TARGET = Target(
         Slot(f"{LAYER}.shared_mlp.output_linear.weight", ("down",)),
     ),
     biases=("q", "k", "v", "o"),
+    multipliers=tuple(GRANITE),
     config=lambda dense, shape, width, shared_width: {
         "intermediate_size": width,
         "shared_intermediate_size": shared_width,
-        "attention_multiplier": dense.head_dim**-0.5,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
+        **dense.granite_multipliers,
         "position_embedding_type": "rope",
     },
     rules=(
