@@ -117,7 +117,8 @@ def test_sliding_window_as_stock_applies_it(
     [
         (
             {"model_type": "gemma2"},
-            "config.json: model_type: unsupported family 'gemma2'; needed one of cohere2, ernie4_5, granite, hunyuan_v1_dense, llama, mistral, olmo2, phi3, qwen2, qwen3 "
+            "config.json: model_type: unsupported family 'gemma2'; needed one of "
+            "cohere2, ernie4_5, granite, hunyuan_v1_dense, llama, mistral, olmo2, phi3, qwen2, qwen3 "
             "(hint: norms around both halves of a layer and a GELU gate: no stock MoE class holds both, and softcapped "
             "logits)",
         ),
