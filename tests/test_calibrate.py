@@ -193,6 +193,10 @@ def check_against(found: Calibration, truth: Reference, text: Text, *, marks: in
         ("mistral", {"sliding_window": 8}),
         ("qwen2", {}),
         ("qwen3", {"dtype": "bfloat16"}),
+        ("granite", {"embedding_multiplier": 6.0, "logits_scaling": 4.0, "residual_multiplier": 0.3}),
+        ("cohere2", {}),
+        ("phi3", {}),
+        ("olmo2", {}),
     ],
 )
 def test_every_statistic_is_what_autograd_says(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
