@@ -95,7 +95,7 @@ def solve(costs_KN: Floats, sizes: Ints, prices: Floats | None) -> Assignment:
         return Assignment(np.zeros(rows, np.int64), np.zeros(1), np.full(rows, np.inf))
     # The right prices are never further apart than the costs of one row: a bad start is cut to that.
     span = float((costs_KN.max(axis=0) - costs_KN.min(axis=0)).max())
-    start = _first_prices(costs_KN, sizes) if prices is None else np.clip(prices - np.median(prices), -span, span)
+    start = _first_prices(costs_KN, sizes) if prices is None else np.clip(prices - _middle(prices), -span, span)
     return _solve(costs_KN, sizes, start, _DUST * span)
 
 
@@ -149,11 +149,13 @@ def _look(costs_KN: Floats, sizes: Ints, prices: Floats) -> tuple[Floats, Ints, 
     priced = costs_KN + prices[:, None]
     labels = priced.argmin(axis=0)
     priced -= priced.min(axis=0)
-    return priced, labels, _slack(priced.copy(), labels), np.bincount(labels, minlength=len(sizes)) - sizes
+    slack = _slack(priced, labels)
+    priced[labels, np.arange(len(labels))] = 0.0
+    return priced, labels, slack, np.bincount(labels, minlength=len(sizes)) - sizes
 
 
 def _slack(priced: Floats, labels: Ints) -> Floats:
-    """How much dearer the best other cluster is than the row's own. Overwrites `priced`."""
+    """How much dearer the best other cluster is than the row's own, which is overwritten in `priced`."""
     rows = np.arange(priced.shape[1])
     own = priced[labels, rows]
     priced[labels, rows] = np.inf
@@ -174,13 +176,17 @@ def _newton_step(priced: Floats, labels: Ints, slack: Floats, excess: Ints, size
     # The ridge removes the one direction (all prices alike) that changes nothing.
     curvature[np.diag_indices_from(curvature)] += counts + 1e-3 * sizes + 1e-9
     step = width * np.linalg.solve(curvature, counts - sizes)
-    step -= np.sort(step)[len(step) // 2]
+    step -= _middle(step)
     limit = np.full(len(sizes), 2.0 * width)
     for j in np.flatnonzero((np.abs(step) > limit) & (excess != 0)):
         margins = slack[labels == j] if excess[j] > 0 else priced[j, labels != j]
         rank = abs(int(excess[j])) - 1
         limit[j] = max(limit[j], float(np.partition(margins, rank)[rank]))
     return np.clip(step, -limit, limit)
+
+
+def _middle(values: Floats) -> float:
+    return float(np.sort(values)[len(values) // 2])
 
 
 def _augment(costs_KN: Floats, labels: Ints, excess: Ints, prices: Floats, dust: float) -> Floats:

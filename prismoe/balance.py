@@ -31,13 +31,15 @@ _SEEDING_ROWS = 2048
 @dataclass(frozen=True, eq=False)
 class Clusters:
     """`labels` [N] int32; `centroids` [K, D] float32 (of unit length for cosine); `inertia`: the sum over rows of the
-    squared distance to the centroid (l2) or of 1 − cosine; `epochs`: sweeps over all rows.
+    squared distance to the centroid (l2) or of 1 − cosine; `epochs`: sweeps over all rows; `passes`: rows visited / N,
+    the sweeps near boundaries included.
     """
 
     labels: npt.NDArray[np.int32]
     centroids: Rows
     inertia: float
     epochs: int
+    passes: float
 
 
 def balanced_kmeans(
@@ -126,6 +128,7 @@ class _Descent:
         self.labels = assign(away, self.sizes).labels
         self.slack = np.zeros(len(data))
         self.prices: Floats | None = None
+        self.visited = 0
         self.gathered = np.empty((256, data.shape[1]), np.float32)
         self.sums = -self.sizes[:, None] * mean
         self._add(self.sums, data, np.arange(len(data)), self.labels, 1.0)
@@ -161,11 +164,13 @@ class _Descent:
             centroids.astype(np.float32),
             max(0.0, float(self.squares.sum()) - self.objective),
             epochs,
+            self.visited / len(self.data),
         )
 
     def _sweep(self, data: Rows, labels: Ints, squares: Floats, slack: Floats | None) -> float:
         """Re-assign every row once, block by block; returns by how much the objective grew."""
         before = self.objective
+        self.visited += len(data)
         blocks = min(_BLOCKS, max(1, len(data) // (16 * len(self.sizes))))
         edges = np.linspace(0, len(data), blocks * _CHUNKS + 1).astype(int)
         for chunks in self.generator.permutation(blocks * _CHUNKS).reshape(blocks, _CHUNKS):
@@ -261,8 +266,9 @@ def _moments(data: Rows, *, centred: bool) -> tuple[Floats, Floats]:
     lengths, squares = np.empty(len(data)), np.empty(len(data))
     for block in blocks:
         lengths[block] = np.einsum("nd,nd->n", data[block], data[block])
-        part = data[block] - shift
-        squares[block] = np.einsum("nd,nd->n", part, part) if centred else lengths[block]
+        if centred:
+            part = data[block] - shift
+            squares[block] = np.einsum("nd,nd->n", part, part)
     lengths[~np.isfinite(lengths)] = np.inf
     if (longest := float(lengths.max())) > 1e24 or 0 < longest < 1e-20:
         raise NumericalError(
@@ -270,7 +276,7 @@ def _moments(data: Rows, *, centred: bool) -> tuple[Floats, Floats]:
             where="rows",
             needed="finite rows that float32 can square; scale them",
         )
-    return mean, squares
+    return mean, squares if centred else lengths
 
 
 def _seeding(data: Rows, num_clusters: int, generator: np.random.Generator, product: Product) -> Floats:
