@@ -155,8 +155,8 @@ def cluster(options: argparse.Namespace) -> None:
         print(f"peer k-means-constrained {version or 'MISSING: no ratio, no pass'}")
     ratios = []
     print("case | K | ours s | inertia | passes | % of floor | peer s | its | inertia | random split | ratio")
-    for number, (name, data) in enumerate(cases(options)):
-        if not number:
+    for number, (name, data) in enumerate(cases(options), options.first_seed):
+        if number == options.first_seed:
             machine = Machine(data)
             print(machine)
         shuffled = np.random.default_rng(0).permutation(len(data))
