@@ -37,7 +37,7 @@ _NOT_IN_THE_RESULT = ("threads", "save_seconds")  # they change how fast and how
 
 def calibrate(
     source: str | Path | Checkpoint,
-    config: CalibrateConfig | None = None,
+    config: CalibrateConfig,
     *,
     domains: Iterable[Domain | str | Path],
     out: str | Path,
@@ -71,7 +71,7 @@ def calibrate(
     """
     started, out = time.monotonic(), Path(out)
     checkpoint = Checkpoint.open(source, offline=offline)
-    config = _fit(config or CalibrateConfig(), checkpoint)
+    config = _fit(config, checkpoint)
     opened = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
     check_fit(checkpoint, opened, seq_len=config.seq_len)
     text = draw_text(

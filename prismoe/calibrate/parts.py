@@ -26,9 +26,7 @@ class Parts:
         self._ignored = [name for name in checkpoint.tensors if optional_tensor(checkpoint.family, name)]
         ends, loading = load_ends(checkpoint, without=self._ignored)
         self._ends = self._settle(ends.model, loading)
-        # Hidden states enter through the same door as embeddings; what the class does to those is done in `embed`.
-        self._factor = float(getattr(self._ends.model, "embedding_multiplier", 1.0))
-        _open_door(self._ends.model)
+        self._factor = ends.factor
         self._layers: dict[int, Any] = {}
 
     def layers(self, first: int, stop: int) -> list[Any]:
@@ -39,7 +37,6 @@ class Parts:
                 loaded, loading = load_layer(self.checkpoint, layer, without=self._ignored)
                 base = self._settle(loaded.model, loading).model
                 base.norm = nn.Identity()
-                _open_door(base)
                 self._layers[layer] = base
         return [self._layers[layer] for layer in range(first, stop)]
 
@@ -77,8 +74,3 @@ class Parts:
         for parameter in model.parameters():  # parameters only: rotary tables stay in float32, as in a stock load
             parameter.data = parameter.data.to(self.dtype)
         return model.to(self.device)
-
-
-def _open_door(base: Any) -> None:
-    if hasattr(base, "embedding_multiplier"):
-        base.embedding_multiplier = 1.0
