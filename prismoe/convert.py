@@ -30,6 +30,7 @@ class Conversion:
 
     out: str
     target: str
+    absorb: bool
     state: str
     num_experts: int
     top_k: int
@@ -57,6 +58,7 @@ def convert(
     out: str | Path,
     pad_to: int = 32,
     max_shard_bytes: int = 5_000_000_000,
+    absorb: bool = False,
     offline: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -73,6 +75,8 @@ def convert(
         target: a file of `prismoe/targets`.
         pad_to: expert widths are rounded up to a multiple of this with zero neurons (lossless).
         max_shard_bytes: data bytes of one output file; a single larger tensor gets its own.
+        absorb: append the shared neurons to every expert, for targets without a shared expert: the same function,
+            the shared neurons computed top_k times and stored num_experts times.
         force: start over in an output folder of ours that holds another job.
 
     Raises:
@@ -82,7 +86,7 @@ def convert(
         InterruptedRun: interrupted by the user; the same call continues.
     """
     started, out = time.monotonic(), Path(out)
-    job = prepare(Checkpoint.open(source, offline=offline), plan, target, pad_to, max_shard_bytes)
+    job = prepare(Checkpoint.open(source, offline=offline), plan, target, pad_to, max_shard_bytes, absorb=absorb)
     free = check_room(job, out)
     if dry_run:
         return _receipt(job, out, Written("dry run", {}, 0), free=free, started=started)
@@ -93,6 +97,7 @@ def _receipt(job: Job, out: Path, written: Written, *, free: int, started: float
     return Conversion(
         out=str(out),
         target=job.settings["target"],
+        absorb=job.settings["absorb"],
         state=written.state,
         num_experts=plan_shape(job.plan).num_experts,
         top_k=job.plan.top_k,

@@ -10,7 +10,7 @@ from prismoe.errors import InputError, UsageError
 from prismoe.layout import lay_out
 from prismoe.plan import Plan, plan_shape
 from prismoe.stream import Output, job_key
-from prismoe.target import lower, output_config
+from prismoe.target import absorbed, lower, output_config
 from prismoe.targets import find_target
 
 __all__ = ["PLAN", "Job", "prepare"]
@@ -25,16 +25,19 @@ class Job(Output):
     plan: Plan
 
 
-def prepare(checkpoint: Checkpoint, plan: Plan, target: str, pad_to: int, max_shard_bytes: int) -> Job:
+def prepare(
+    checkpoint: Checkpoint, plan: Plan, target: str, pad_to: int, max_shard_bytes: int, *, absorb: bool = False
+) -> Job:
     if not checkpoint.has_weights:
         raise InputError("config.json without weights", where=str(checkpoint.folder), needed="model.safetensors")
     if pad_to < 1:
         raise UsageError(f"{pad_to}", where="convert.pad_to", needed="1 or more")
     table = find_target(target)
-    recipes = lower(checkpoint, plan, table, pad_to=pad_to)
-    config = output_config(checkpoint, plan_shape(plan), table, pad_to=pad_to)
+    recipes = lower(checkpoint, plan, table, pad_to=pad_to, absorb=absorb)
+    shape = absorbed(plan_shape(plan)) if absorb else plan_shape(plan)
+    config = output_config(checkpoint, shape, table, pad_to=pad_to)
     shards = lay_out(recipes, checkpoint.tensors, max_shard_bytes=max_shard_bytes)
-    settings = {"target": target, "pad_to": pad_to, "max_shard_bytes": max_shard_bytes}
+    settings = {"target": target, "pad_to": pad_to, "max_shard_bytes": max_shard_bytes, "absorb": absorb}
     side_files = {path.name: path.read_bytes() for path in checkpoint.side_files}
     plan_bytes = plan.to_bytes()
     return Job(

@@ -39,11 +39,15 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """How the plan is written: the architecture, zero neurons up to a multiple of `pad_to`, bytes per shard."""
+    """How the plan is written: the architecture, zero neurons up to a multiple of `pad_to`, bytes per shard.
+
+    `absorb` appends the shared neurons to every expert, for targets that have no shared one.
+    """
 
     target: str = "mixtral"
     pad_to: Positive = 32
     max_shard_bytes: Positive = 5_000_000_000
+    absorb: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ ONLY_5 = ("cohere2_moe", "granitemoe_swa")
 PARTITION = {"method": "random", "num_experts": 8, "router_std": 0.3}
 SHARED = {"method": "random", "num_experts": 8, "shared": 32, "router_std": 0.3}
 UPCYCLE = {"method": "upcycle", "num_experts": 8, "router_std": 0.3}
+ABSORBED = {**SHARED, "absorb": True}
+"""`absorb` is an option of convert; the rest are arguments of `make_plan`."""
 ODD_SCALE = {"method": "random", "num_experts": 6, "top_k": 3, "scale": 1.7, "router_std": 0.3}
 FOUR = {"method": "random", "num_experts": 4, "router_std": 0.3}
 
@@ -147,6 +149,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         ("cohere2", "cohere2_moe", "middle layers dense", {**PARTITION, "layers": "0,3"}),
         ("hunyuan", "hunyuan_v1_moe", "shared", SHARED),
         ("hunyuan", "hunyuan_v1_moe", "upcycle", UPCYCLE),
+        ("llama2", "mixtral", "shared absorbed", ABSORBED),
+        ("llama3.1 tied", "granitemoe", "shared absorbed", {**ABSORBED, "scale": 1.7}),
+        ("phi3", "mixtral", "shared absorbed", ABSORBED),
+        ("qwen3", "qwen3_moe", "shared absorbed", ABSORBED),
+        ("olmo2", "flex_olmo", "shared absorbed", ABSORBED),
     ]
 }
 

@@ -21,6 +21,7 @@ from prismoe.plan import Plan, PlanShape, make_plan, plan_shape
 from prismoe.recipe import Copy, Fill, Stack, Take
 from prismoe.target import lower, moe_config, padded
 from prismoe.targets import all_targets, find_target
+from prismoe.verify import verify
 from tests import golden
 from tests.tiny import tiny_dense
 
@@ -46,6 +47,7 @@ OLD_CASES = [case for case, (_, target, _) in golden.CASES.items() if target not
 class Made:
     """One converted case and what its reference computes."""
 
+    source: Path
     folder: Path
     logits: np.ndarray
     greedy: np.ndarray
@@ -64,17 +66,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
         if source not in sources:
             sources[source] = golden.make_source(root / f"dense{len(sources)}", source)
         folder = root / f"case{number}"
-        plan = make_plan(sources[source], **arguments)
-        routers = build(sources[source], plan, target, folder)
+        plan = make_plan(sources[source], **{key: value for key, value in arguments.items() if key != "absorb"})
+        routers = build(sources[source], plan, target, folder, absorb=arguments.get("absorb", False))
         logits, greedy = golden.compute(golden.reference(sources[source], plan, routers, gate=find_target(target).gate))
         dense = AutoModelForCausalLM.from_pretrained(sources[source], dtype="float32").eval()
-        cases[case] = Made(folder, logits, greedy, golden.compute(dense)[0])
+        cases[case] = Made(sources[source], folder, logits, greedy, golden.compute(dense)[0])
     return cases
 
 
-def build(source: Path, plan: Plan, target: str, out: Path) -> dict[int, np.ndarray]:
+def build(source: Path, plan: Plan, target: str, out: Path, *, absorb: bool) -> dict[int, np.ndarray]:
     """Convert into `out`; returns the router rows of each MoE layer."""
-    convert(source, plan, target=target, out=out)
+    convert(source, plan, target=target, out=out, absorb=absorb)
     written, key = Checkpoint.open(out), find_target(target).router
     return {index: np.array(written.array(key.format(l=index)), np.float32) for index in plan_shape(plan).moe_layers}
 
@@ -137,7 +139,7 @@ def test_config_spells_out_every_key_of_both_generations(
     case = next(case for name, case in made.items() if golden.CASES[name][1] == target)
     written = json.loads((case.folder / "config.json").read_text())
     new = type(AutoConfig.for_model(target)).__annotations__
-    own = {"vocab_size", "hidden_size", "num_experts_per_tok", "rope_parameters", "tie_word_embeddings"}
+    own = {"vocab_size", "hidden_size", "num_key_value_heads", "tie_word_embeddings"}
     assert own <= set(new)
     assert set(new) - {"model_type", "keys_to_ignore_at_inference", "attribute_map", "default_theta"} <= set(written)
     if target not in golden.ONLY_5:
@@ -145,6 +147,16 @@ def test_config_spells_out_every_key_of_both_generations(
         assert {"rope_theta", "num_key_value_heads"} <= old
         assert old <= set(written)
     assert {"num_experts", "num_local_experts", "rope_theta", "rope_scaling", "dtype", "torch_dtype"} <= set(written)
+
+
+CERTIFIED = {target: case for case, (_, target, _) in golden.CASES.items()}
+CERTIFIED |= {case: case for case in golden.CASES if case.startswith(("phi3 ->", "granite ->", "cohere2", "ernie4_5"))}
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(CERTIFIED.values()))
+def test_every_target_is_certified(made: dict[str, Made], case: str) -> None:
+    """The checks of `verify` know fused sources, factors, gates, and layers that are dense."""
+    assert verify(made[case].folder, source=made[case].source, tokens=32).passed
 
 
 def test_rope_is_written_in_both_spellings() -> None:
@@ -252,6 +264,30 @@ def test_zero_biases_fill_what_granite_wants_and_qwen2_lacks(tmp_path: Path) -> 
     zeros = recipes["model.layers.0.self_attn.o_proj.bias"]
     assert isinstance(zeros, Fill)
     assert (zeros.shape, zeros.std, zeros.rows) == ((64,), 0.0, None)
+
+
+def test_absorbed_neurons_stand_behind_those_of_every_expert(tmp_path: Path) -> None:
+    """Rows of up carry the scale of the routed neurons alone; a down matrix has one factor, one."""
+    checkpoint = Checkpoint.open(tiny_dense(tmp_path))
+    plan = make_plan(checkpoint, num_experts=8, shared=32)
+    recipes = lower(checkpoint, plan, find_target("mixtral"), absorb=True)
+    prefix, layer = "model.layers.1.block_sparse_moe.experts.3", plan.layers[1]
+    assert layer is not None
+    for key, factor in (("w1", 1.0), ("w3", 4.0)):
+        stack = recipes[f"{prefix}.{key}.weight"]
+        assert isinstance(stack, Stack)
+        routed, shared = stack.parts
+        assert isinstance(routed, Take)
+        assert isinstance(shared, Take)
+        assert (routed.factor, routed.pad, shared.factor, shared.pad) == (factor, 0, 1.0, 64 - 40)
+        np.testing.assert_array_equal(shared.index, layer.shared)
+    down = recipes[f"{prefix}.w2.weight"]
+    assert isinstance(down, Take)
+    assert (down.factor, down.pad) == (1.0, 64 - 40)
+    np.testing.assert_array_equal(down.index, [*layer.experts[3], *layer.shared])
+    changed = make_plan(checkpoint, method="upcycle", num_experts=2, noise=0.1)
+    with pytest.raises(UsageError, match="absorb with experts that were changed; needed experts of unchanged neurons"):
+        lower(checkpoint, changed, find_target("mixtral"), absorb=True)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def differing_from_recipes(
 ) -> list[str]:
     """Tensors that are missing, not asked for, or differ in dtype, shape or any bit from their recipe."""
     config = manifest.config
-    recipes = lower(dense, plan, find_target(config["target"]), pad_to=config["pad_to"])
+    recipes = lower(
+        dense, plan, find_target(config["target"]), pad_to=config["pad_to"], absorb=config.get("absorb", False)
+    )
     wrong = sorted(set(moe.tensors) - set(recipes))
     for done, (key, recipe) in enumerate(recipes.items()):
         on_progress("verify tensors", done, len(recipes))
@@ -58,14 +60,18 @@ def differing_from_recipes(
 
 
 def not_carried(moe: Checkpoint, dense: Checkpoint, plan: Plan) -> list[str]:
-    """Source tensors outside the feed-forward blocks that were cut which the folder does not hold bit for bit."""
+    """Source tensors outside the feed-forward blocks that were cut which the folder does not hold bit for bit.
+
+    Projections that the family stores fused are looked for apart, under the name of each.
+    """
     cut = tuple(f"model.layers.{layer}.mlp." for layer, found in enumerate(plan.layers) if found is not None)
+    optional = {name: dense.array(name) for name in dense.tensors if optional_tensor(dense.family, name)}
+    carried = {name: dense.rows(name) for name in dense.places if not name.startswith(cut)}
     return [
         name
-        for name in dense.tensors
-        if not name.startswith(cut)
-        and not (name not in moe.tensors and optional_tensor(dense.family, name))
-        and not (name in moe.tensors and _equal(moe.array(name), dense.array(name)))
+        for name, array in {**carried, **optional}.items()
+        if not (name not in moe.tensors and name in optional)
+        and not (name in moe.tensors and _equal(moe.array(name), array))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from prismoe.folder import Manifest, versions
 from prismoe.plan import LayerPlan, Plan
 from prismoe.progress import Progress
 from prismoe.room import available_memory
+from prismoe.targets import find_target
 from prismoe.tensorfile import ITEM_BYTES
 from prismoe.verify import reference, stock
 from prismoe.verify.bits import changed_files, differing_from_recipes, not_carried
@@ -85,7 +87,7 @@ def certify(
     worst.count("files", changed_files(moe.folder, manifest, on_progress=on_progress))
     worst.count("recipes", differing_from_recipes(moe, dense, plan, manifest=manifest, on_progress=on_progress))
     worst.count("carried", not_carried(moe, dense, plan))
-    chain = _Chain(moe, dense, plan, worst)
+    chain = _Chain(moe, dense, plan, worst, manifest.config)
     layers = chain.run(torch.from_numpy(ids), on_progress=on_progress)
     return Certificate(
         source=dense.fingerprint,
@@ -107,11 +109,17 @@ class _Chain:
     shares, drops or changes neurons has none, and its second stream ends there.
     """
 
-    def __init__(self, moe: Checkpoint, dense: Checkpoint, plan: Plan, worst: _Worst) -> None:
+    def __init__(
+        self, moe: Checkpoint, dense: Checkpoint, plan: Plan, worst: _Worst, settings: Mapping[str, Any]
+    ) -> None:
         self.moe, self.dense, self.plan, self.worst = moe, dense, plan, worst
+        self.gate = find_target(settings["target"]).gate
         self.ignored = [name for name in dense.tensors if optional_tensor(dense.family, name)]
         neurons = dense.family.intermediate_size
         self.kinds = ["dense" if layer is None else reference.kind(layer, num_neurons=neurons) for layer in plan.layers]
+        if settings.get("absorb") and any(layer is not None and len(layer.shared) for layer in plan.layers):
+            # With all experts on, the shared neurons that each of them holds would count E/scale times.
+            self.kinds = ["sharing" if kind == "partition" else kind for kind in self.kinds]
         self.equal = {"sharing", "changed"}.isdisjoint(self.kinds) and all(
             plan is None or kind == "partition" or plan.scale == plan.group
             for plan, kind in zip(plan.layers, self.kinds, strict=True)
@@ -187,7 +195,7 @@ class _Chain:
         if chosen_TK.shape[1] != self.plan.top_k:
             wrong = len(chosen_TK)
         self.worst.add("routing", wrong, 0.0, f"layer {layer}")
-        return reference.gates(logits_TE, chosen_TK), wrong
+        return reference.gates(logits_TE, chosen_TK, gate=self.gate), wrong
 
     def _all_experts(self, moe: stock.Layer, layer: int, expected: stock.FFNRun) -> float:
         with self._equal_setting([moe.module], [layer]):

@@ -38,10 +38,10 @@ def kind(plan: LayerPlan, *, num_neurons: int) -> str:
     return "upcycling" if copies and (not plan.shared.size or plan.scale == plan.group) else "sharing"
 
 
-def gates(router_logits_TE: Matrix, chosen_TK: npt.NDArray[np.int64]) -> Matrix:
-    """[T, E] gates: softmax over the logits of the chosen experts, zero elsewhere."""
+def gates(router_logits_TE: Matrix, chosen_TK: npt.NDArray[np.int64], *, gate: str = "softmax") -> Matrix:
+    """[T, E] gates: softmax over the logits of the chosen experts, or their sigmoids over the sum; zero elsewhere."""
     kept = np.take_along_axis(router_logits_TE, chosen_TK, axis=1)
-    kept = np.exp(kept - kept.max(axis=1, keepdims=True))
+    kept = np.exp(kept - kept.max(axis=1, keepdims=True)) if gate == "softmax" else 1.0 / (1.0 + np.exp(-kept))
     gate_TE = np.zeros_like(router_logits_TE)
     np.put_along_axis(gate_TE, chosen_TK, kept / kept.sum(axis=1, keepdims=True), axis=1)
     return gate_TE

@@ -131,11 +131,22 @@ def load_layer(checkpoint: Checkpoint, layer: int, *, without: Sequence[str] = (
     config = _stock_config(checkpoint)
     _check_depth(config, checkpoint, layer)
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 1, None
+    if hasattr(config, "embedding_multiplier"):
+        config.embedding_multiplier = 1.0  # hidden states come in where embeddings do, and have it already
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[layer : layer + 1]
     if hasattr(config, "mlp_only_layers"):
         dense = layer in (config.mlp_only_layers or ()) or (layer + 1) % config.decoder_sparse_step != 0
         config.mlp_only_layers, config.decoder_sparse_step = [0] if dense else [], 1
+    for first in ("first_k_dense_replace", "moe_layer_start_index"):
+        if hasattr(config, first):
+            setattr(config, first, int(layer < getattr(config, first)))
+    if hasattr(config, "moe_layer_end_index"):
+        config.moe_layer_end_index = 0
+    if hasattr(config, "mlp_layer_types"):
+        config.mlp_layer_types = config.mlp_layer_types[layer : layer + 1]
+    if hasattr(config, "layer_rope_theta"):
+        config.layer_rope_theta = config.layer_rope_theta[layer : layer + 1]
     prefix = f"{LAYERS}{layer}."
     state = {
         f"{LAYERS}0.{name.removeprefix(prefix)}": _tensor(checkpoint, name)
@@ -156,8 +167,11 @@ def load_ends(checkpoint: Checkpoint, *, without: Sequence[str] = ()) -> tuple[E
     if getattr(config, "layer_types", None):
         config.layer_types = []
     state = {name: _tensor(checkpoint, name) for name in _outer_names(checkpoint) if name not in without}
+    factor = getattr(config, "embedding_multiplier", 1.0)
+    if factor != 1.0:
+        config.embedding_multiplier = 1.0
     model, loading = _load(config, state, layer=None)
-    return Ends(model.eval()), loading
+    return Ends(model.eval(), factor), loading
 
 
 def load_whole(checkpoint: Checkpoint) -> tuple[Any, Loading]:
@@ -187,8 +201,8 @@ def _check_depth(config: Any, checkpoint: Checkpoint, layer: int) -> None:
 class Ends:
     """The model around the layers: token ids to the first hidden state, the last hidden state to logits."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, factor: float = 1.0) -> None:
+        self.model, self.factor = model, factor
 
     def embed(self, ids_T: torch.Tensor) -> torch.Tensor:
         """[T, D] hidden state before the first layer."""
@@ -199,7 +213,7 @@ class Ends:
                 self.model.model(input_ids=ids_T[None], use_cache=False)
         finally:
             hook.remove()
-        return caught[0][0]
+        return caught[0][0] * self.factor
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """[T, vocabulary] logits after the last norm."""
@@ -234,9 +248,11 @@ class Layer:
         def keep(name: str) -> Any:
             return lambda module, inputs, output: caught.__setitem__(name, output[0])
 
-        norm: nn.Module = self.module.post_attention_layernorm  # type: ignore[assignment]
-        parts = {"input": norm, "routed": self.block, "shared": self.shared, "hidden": self.module}
+        parts = {"routed": self.block, "shared": self.shared, "hidden": self.module}
         hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items() if part is not None]
+        hooks.append(
+            self.block.register_forward_pre_hook(lambda module, inputs: caught.__setitem__("input", inputs[0][0]))
+        )
         try:
             with torch.no_grad():
                 self.model.model(inputs_embeds=hidden_TD[None], use_cache=False)
@@ -260,15 +276,21 @@ class Layer:
 
     def route(self, input_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([E, D] router rows, [T, K] experts the stock router keeps)."""
-        router = find_router(self.module)
+        router, rows = find_router(self.module)
         with torch.no_grad():
             chosen = [part for part in router(input_TD) if not part.is_floating_point()]
-        return router.weight.detach(), chosen[0]
+        return rows.weight.detach(), chosen[0]
 
 
-def find_router(layer: nn.Module) -> Any:
-    """The stock router of a layer: the one module with both `top_k` and a weight of its own."""
-    found = [module for module in layer.modules() if hasattr(module, "top_k") and "weight" in module._parameters]
+def find_router(layer: nn.Module) -> tuple[Any, Any]:
+    """The stock router of a layer, the one module with `top_k` beside a weight, and the module that holds that."""
+    found = [
+        (module, rows)
+        for module in layer.modules()
+        if hasattr(module, "top_k")
+        for rows in (module, getattr(module, "wg", None))
+        if rows is not None and "weight" in rows._parameters
+    ]
     if len(found) != 1:
         raise InputError(f"{len(found)} routers in {type(layer).__name__}", needed="one")
     return found[0]
@@ -279,18 +301,18 @@ def all_experts_on(layers: Iterable[nn.Module], factors: Sequence[float]) -> Ite
     """Every expert on with gate 1: a zero router keeps all E (gates 1/E) and the routed output is multiplied by its
     factor, which is E/scale where a partition has to equal the dense FFN. The model is as before afterwards.
     """
-    undo: list[tuple[Any, nn.Parameter, int, Any]] = []
+    undo: list[tuple[Any, Any, nn.Parameter, int, Any]] = []
     try:
         for layer, factor in zip(layers, factors, strict=True):
-            router = find_router(layer)
+            router, rows = find_router(layer)
             block = getattr(layer, "block_sparse_moe", None) or layer.mlp
             experts: nn.Module = block.experts  # type: ignore[assignment, union-attr]
             hook = experts.register_forward_hook(lambda module, inputs, output, by=factor: output * by)
-            undo.append((router, router.weight, router.top_k, hook))
-            router.weight = nn.Parameter(torch.zeros_like(router.weight), requires_grad=False)
-            router.top_k = router.weight.shape[0]
+            undo.append((router, rows, rows.weight, router.top_k, hook))
+            rows.weight = nn.Parameter(torch.zeros_like(rows.weight), requires_grad=False)
+            router.top_k = len(rows.weight)
         yield
     finally:
-        for router, weight, top_k, hook in undo:
-            router.weight, router.top_k = weight, top_k
+        for router, rows, weight, top_k, hook in undo:
+            rows.weight, router.top_k = weight, top_k
             hook.remove()
