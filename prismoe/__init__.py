@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prismoe.densify import Densified, densify
     from prismoe.errors import InputError, InterruptedRun, NumericalError, PrismoeError, ResourceError, UsageError
     from prismoe.evaluate import Scores, evaluate
+    from prismoe.importing import Imported, import_checkpoint
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
     from prismoe.report import write_report
     from prismoe.run import Run, run
@@ -42,6 +43,7 @@ __all__ = [
     "Densified",
     "Domain",
     "DomainSource",
+    "Imported",
     "InputError",
     "InterruptedRun",
     "LayerPlan",
@@ -60,6 +62,7 @@ __all__ = [
     "convert",
     "densify",
     "evaluate",
+    "import_checkpoint",
     "load_config",
     "make_plan",
     "plan_shape",
@@ -82,6 +85,7 @@ _HOMES = {
     "densify": ("Densified", "densify"),
     "errors": ("InputError", "InterruptedRun", "NumericalError", "PrismoeError", "ResourceError", "UsageError"),
     "evaluate": ("Scores", "evaluate"),
+    "importing": ("Imported", "import_checkpoint"),
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
     "report": ("write_report",),
     "run": ("Run", "run"),

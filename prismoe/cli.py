@@ -152,6 +152,32 @@ def _densify(job: Job) -> dict[str, Any]:
     return receipt
 
 
+def _import(job: Job) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from prismoe import views
+    from prismoe.importing import import_checkpoint
+    from prismoe.options import ImportOptions, read_options
+
+    options = asdict(read_options(ImportOptions, job.overrides))
+    domains = options.pop("domains")
+    source, out = _source_and_out(job, "a checkpoint of model_type llama_moe")
+    with job.screen.progress() as on_progress:
+        receipt = import_checkpoint(
+            source,
+            out=out,
+            domains=[domains] if isinstance(domains, str) and domains else domains,
+            seed=job.flags.seed or 0,
+            offline=job.flags.offline,
+            force=job.flags.force,
+            dry_run=job.flags.dry_run,
+            on_progress=on_progress,
+            **options,
+        ).to_dict()
+    views.view(job.screen, "import", receipt)
+    return receipt
+
+
 def _source_and_out(job: Job, what: str) -> tuple[str, str]:
     if job.subject is None:
         raise UsageError("nothing to read", where=job.verb, needed=what)
@@ -199,6 +225,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(_stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
     "report": Verb(_stages, "write the run's report.html"),
     "run": Verb(_stages, "all of the above into one run folder, finished stages kept", ("plan", "convert", "data")),
+    "import": Verb(_import, "a LLaMA-MoE checkpoint as a stock mixture, its routers fitted", options="ImportOptions"),
     "densify": Verb(_densify, "lay the experts of a mixture together again: a dense model", options="DensifyOptions"),
     "show": Verb(_show, "describe a run, a model, a plan, a domain or a config"),
     "doctor": Verb(_doctor, "a paste-ready picture of the machine and the versions"),

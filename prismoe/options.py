@@ -13,7 +13,7 @@ from prismoe.errors import UsageError
 from prismoe.keys import type_text
 from prismoe.located import Located, read_override
 
-__all__ = ["DensifyOptions", "option_lines", "read_options"]
+__all__ = ["DensifyOptions", "ImportOptions", "option_lines", "read_options"]
 
 Positive = Annotated[int, Field(ge=1)]
 Options = TypeVar("Options")
@@ -25,6 +25,19 @@ class DensifyOptions:
 
     plan: str | None = None
     scale: Annotated[float, Field(gt=0)] | None = None
+    max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """See `import_checkpoint`."""
+
+    domains: str | list[str] = ""
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    fit_tokens: Positive = 16_384
+    heldout_tokens: Positive = 8_192
+    ridge: Annotated[float, Field(ge=0)] = 1e-3
+    pad_to: Positive = 32
     max_shard_bytes: Positive = 5_000_000_000
 
 

@@ -86,6 +86,27 @@ def _convert(screen: Screen, receipt: Receipt) -> None:
         screen.table(["file", "size", "sha256"], rows_, justify="lrl")
 
 
+def _import_line(receipt: Receipt) -> str:
+    what = f"{receipt['made_from']} as {receipt['target']}, {receipt['num_experts']} experts, top-{receipt['top_k']}"
+    return f"{what}, {bytes_text(receipt['total_bytes'])}, {receipt['state']}"
+
+
+def _import(screen: Screen, receipt: Receipt) -> None:
+    found = receipt["measured"]
+    rows = {"folder": receipt["out"], "scale folded in": ", ".join(f"{scale:g}" for scale in receipt["scales"])}
+    if found is not None:
+        worst = min(range(len(found["agreement"])), key=lambda layer: found["agreement"][layer])
+        rows["same experts chosen"] = (
+            f"{100 * found['mean_agreement']:.1f} %, least in layer {worst}: {100 * found['agreement'][worst]:.1f} %"
+        )
+        before, after = found["perplexity_original"], found["perplexity_fitted"]
+        rows["perplexity"] = f"{before:.3f} → {after:.3f} ({100 * (after / before - 1):+.2f} %)"
+        rows["fitted, measured on"] = f"{found['fit_tokens']:,} and {found['heldout_tokens']:,} tokens"
+    elif receipt["state"] != "dry run":
+        rows["routers"] = "linear already: moved, not fitted"
+    screen.pairs(rows)
+
+
 def _densify_line(receipt: Receipt) -> str:
     shards = f"{receipt['num_shards']} file{'s' if receipt['num_shards'] > 1 else ''}"
     what = f"{receipt['model_type']} with {receipt['intermediate_size']} neurons a layer from {receipt['made_from']}"
@@ -223,6 +244,7 @@ def _mark(good: bool) -> Text:
 _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "plan": _plan_line,
     "convert": _convert_line,
+    "import": _import_line,
     "densify": _densify_line,
     "verify": _verify_line,
     "prepare": _prepare_line,
@@ -233,6 +255,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
 _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "plan": _plan,
     "convert": _convert,
+    "import": _import,
     "densify": _densify,
     "verify": _verify,
     "prepare": _prepare,
