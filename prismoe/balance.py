@@ -117,21 +117,19 @@ class _Descent:
         num_clusters = len(centres)
         centred = centres - mean
         # Squared distances less each row's own square, which is the same for every cluster.
-        away = product(data, centred.astype(np.float32)) * -2.0 + (
-            np.vecdot(centred, mean) * 2.0 + (centred**2).sum(axis=1)
-        )
+        offset = (centred**2).sum(axis=1) + 2.0 * np.vecdot(centred, mean)
+        away = product(data, centred.astype(np.float32)) * -2.0 + offset
         self.sizes = equal_sizes(len(data), num_clusters)
         # The clusters most wanted get the larger sizes.
-        self.sizes[np.argsort(-np.bincount(away.argmin(axis=1), minlength=num_clusters), kind="stable")] = (
-            self.sizes.copy()
-        )
+        wanted = np.bincount(away.argmin(axis=1), minlength=num_clusters)
+        self.sizes[np.argsort(-wanted, kind="stable")] = self.sizes.copy()
         self.labels = assign(away, self.sizes).labels
         self.slack = np.zeros(len(data))
         self.prices: Floats | None = None
         self.visited = 0
         self.gathered = np.empty((256, data.shape[1]), np.float32)
         self.sums = -self.sizes[:, None] * mean
-        self._add(self.sums, data, np.arange(len(data)), self.labels, 1.0)
+        self.sums = self._moved(data, np.arange(len(data)), self.labels, None)
         self.objective = self._objective(self.sums)
 
     def run(self, rtol: float, max_epochs: int) -> Clusters:
@@ -202,9 +200,7 @@ class _Descent:
         moved = np.flatnonzero(found.labels != own)
         if not len(moved):
             return
-        sums = self.sums.copy()
-        self._add(sums, data, rows[moved], found.labels[moved], 1.0)
-        self._add(sums, data, rows[moved], own[moved], -1.0)
+        sums = self._moved(data, rows[moved], found.labels[moved], own[moved])
         objective = self._objective(sums)
         if objective > self.objective:
             self.sums, self.objective = sums, objective
@@ -213,15 +209,20 @@ class _Descent:
             for half in (slice(None, None, 2), slice(1, None, 2)):
                 self._exchange(data, labels, squares, slack, rows[half], products[half], halvings=halvings - 1)
 
-    def _add(self, sums: Floats, data: Rows, rows: Ints, labels: Ints, sign: float) -> None:
-        """Add each row to the sum of its label. No BLAS, so no thread count shows in the digits."""
-        order = rows[np.argsort(labels, kind="stable")]
-        ends = np.cumsum(np.bincount(labels, minlength=len(sums)))
-        for j, mine in enumerate(np.split(order, ends[:-1])):
-            for at in range(0, len(mine), len(self.gathered)):
-                part = mine[at : at + len(self.gathered)]
-                np.take(data, part, axis=0, out=self.gathered[: len(part)], mode="clip")
-                sums[j] += sign * self.gathered[: len(part)].sum(axis=0)
+    def _moved(self, data: Rows, rows: Ints, into: Ints, out_of: Ints | None) -> Floats:
+        """The cluster sums after `rows` went. No BLAS, so no thread count shows in the digits."""
+        sums = self.sums.copy()
+        order = np.argsort(into, kind="stable")
+        for at in range(0, len(rows), len(self.gathered)):
+            part = order[at : at + len(self.gathered)]
+            gathered = np.take(data, rows[part], axis=0, out=self.gathered[: len(part)], mode="clip")
+            ends = np.cumsum(np.bincount(into[part], minlength=len(sums)))
+            for j in np.flatnonzero(np.diff(ends, prepend=0)):
+                sums[j] += gathered[ends[j - 1] if j else 0 : ends[j]].sum(axis=0)
+            if out_of is not None:
+                for j in np.unique(out_of[part]):
+                    sums[j] -= gathered[out_of[part] == j].sum(axis=0)
+        return sums
 
     def _costs(self, products: Rows, own: Ints, squares: Floats) -> Floats:
         """[K, n]: what the objective loses when the row is in cluster j and not in none; without its own pull."""
