@@ -9,7 +9,7 @@ from typing import Any
 
 from prismoe.family import DenseConfig, tensor_shapes
 from prismoe.plan import PlanShape
-from prismoe.target import PAD_TO, Objection, Target, padded
+from prismoe.target import PAD_TO, Objection, Target, absorbed, padded
 from prismoe.targets import all_targets, find_target
 
 __all__ = ["Account", "account"]
@@ -49,13 +49,22 @@ class Account:
         return asdict(self)
 
 
-def account(dense: DenseConfig, shape: PlanShape, *, target: Target | str = "mixtral", pad_to: int = PAD_TO) -> Account:
+def account(
+    dense: DenseConfig,
+    shape: PlanShape,
+    *,
+    target: Target | str = "mixtral",
+    pad_to: int = PAD_TO,
+    absorb: bool = False,
+) -> Account:
     """Account for a plan on a dense model as `target` would store it. Reads nothing.
 
     The other targets' verdicts are in `accepted_by` and `objections`.
     """
     if isinstance(target, str):
         target = find_target(target)
+    notes = _notes(dense, shape, target, pad_to=pad_to, absorb=absorb)
+    shape = absorbed(shape) if absorb else shape
     hidden, layers = dense.hidden_size, len(shape.moe_layers)
     sizes = {name: math.prod(dims) for name, dims in tensor_shapes(dense).items()}
     total_dense = sum(sizes.values())
@@ -92,7 +101,7 @@ def account(dense: DenseConfig, shape: PlanShape, *, target: Target | str = "mix
         convert_seconds=(total_dense * item + disk) / BYTES_PER_SECOND,
         accepted_by=tuple(name for name, found in verdicts.items() if not found),
         objections={name: found for name, found in verdicts.items() if found},
-        notes=_notes(dense, shape, pad_to),
+        notes=notes,
     )
 
 
@@ -103,8 +112,19 @@ def _zero_biases(dense: DenseConfig, target: Target) -> int:
     return dense.num_layers * sum(sizes[name] for name in target.zero_biases(dense))
 
 
-def _notes(dense: DenseConfig, shape: PlanShape, pad_to: int) -> tuple[str, ...]:
+def _notes(dense: DenseConfig, shape: PlanShape, target: Target, *, pad_to: int, absorb: bool) -> tuple[str, ...]:
     notes = []
+    if absorb and shape.shared_width:
+        notes.append(
+            f"the {shape.shared_width} shared neurons stand in every expert: computed {shape.top_k} times for a token "
+            f"and stored {shape.num_experts} times"
+        )
+        shape = absorbed(shape)
+    if target.gate == "sigmoid":
+        notes.append(
+            "its gates are sigmoids over their sum and not a softmax: the same experts, other shares, and the same "
+            "model only where shares do not matter (copies, or router rows that are zero)"
+        )
     width = padded(shape.expert_width, pad_to)
     if width != shape.expert_width:
         notes.append(

@@ -34,15 +34,18 @@ class Job:
         """What the subject and the overrides describe: a YAML file, a run folder, or a model as `source`."""
         from prismoe.config import load_config
 
+        overrides = self.overrides
+        if self.flags.engines is not None:
+            overrides = (*overrides, f"convert.engines={self.flags.engines}")
         fixed = {key: getattr(self.flags, key) for key in ("out", "seed") if getattr(self.flags, key) is not None}
         if self.subject is None:
-            return load_config(overrides=self.overrides, **fixed)
+            return load_config(overrides=overrides, **fixed)
         if self.subject.endswith((".yaml", ".yml")):
-            return load_config(self.subject, overrides=self.overrides, **fixed)
+            return load_config(self.subject, overrides=overrides, **fixed)
         if (Path(self.subject) / "run.yaml").is_file():
             fixed.setdefault("out", self.subject)
-            return load_config(Path(self.subject) / "run.yaml", overrides=self.overrides, **fixed)
-        return load_config(overrides=self.overrides, source=self.subject, **fixed)
+            return load_config(Path(self.subject) / "run.yaml", overrides=overrides, **fixed)
+        return load_config(overrides=overrides, source=self.subject, **fixed)
 
 
 def _stages(job: Job) -> dict[str, Any]:
@@ -246,6 +249,7 @@ def _parser() -> _Parser:
         parser.add_argument(name, action="store_true")
     parser.add_argument("-h", dest="help", action="store_true")
     parser.add_argument("--out")
+    parser.add_argument("--for", dest="engines")
     parser.add_argument("--compare", nargs=2)
     parser.add_argument("--seed", type=int)
     return parser
@@ -259,6 +263,8 @@ options:
   --dry-run    check everything, estimate, write nothing
   --force      make again what was made with other settings
   --offline    open no socket
+  --for A,B    choose a target that is right in these engines (`convert.engines`): transformers5, transformers4,
+               vllm, sglang, gguf, mlx
   --compare A B  with plan: how far two plan files agree
   --json       one JSON object on stdout, nothing else
   --debug      the traceback of an error

@@ -14,8 +14,10 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.folder import FileEntry
 from prismoe.job import Job, prepare
 from prismoe.plan import Plan, plan_shape
+from prismoe.portability import Portability, portability
 from prismoe.progress import Progress, quiet
 from prismoe.stream import Written, check_room, write_folder
+from prismoe.target import absorbed
 
 __all__ = ["Conversion", "convert"]
 
@@ -25,7 +27,7 @@ class Conversion:
     """Receipt of `convert`. Sizes in bytes, `seconds` of wall time.
 
     `state` is "written", "already complete" or "dry run"; `kept_shards` were finished by an earlier, stopped run.
-    `dropped` are source tensors that the converted model does not need. `free_bytes` is what the disk had before.
+    `portability` says which engines run it right. `dropped` are source tensors that the converted model does not need. `free_bytes` is what the disk had before.
     """
 
     out: str
@@ -43,6 +45,7 @@ class Conversion:
     memory_bytes: int
     seconds: float
     plan_matches_source: bool
+    portability: tuple[Portability, ...]
     files: dict[str, FileEntry]
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,5 +113,10 @@ def _receipt(job: Job, out: Path, written: Written, *, free: int, started: float
         memory_bytes=job.memory_bytes,
         seconds=round(time.monotonic() - started, 3),
         plan_matches_source=job.plan.origin.source == job.checkpoint.fingerprint,
+        portability=portability(
+            job.checkpoint.family,
+            absorbed(plan_shape(job.plan)) if job.settings["absorb"] else plan_shape(job.plan),
+            job.settings["target"],
+        ),
         files=written.files,
     )

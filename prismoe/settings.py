@@ -41,13 +41,15 @@ class PlanConfig:
 class ConvertConfig:
     """How the plan is written: the architecture, zero neurons up to a multiple of `pad_to`, bytes per shard.
 
-    `absorb` appends the shared neurons to every expert, for targets that have no shared one.
+    `absorb` appends the shared neurons to every expert, for targets that have no shared one. `engines` ("vllm,gguf",
+    also `--for`) has a target chosen that is right in all of them, or `target` refused where it was set and is not.
     """
 
     target: str = "mixtral"
     pad_to: Positive = 32
     max_shard_bytes: Positive = 5_000_000_000
     absorb: bool = False
+    engines: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from prismoe.progress import Progress
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
     from prismoe.config import Config
-    from prismoe.plan import Plan
+    from prismoe.plan import Plan, PlanShape
 
 __all__ = ["STAGES", "Stage", "Work"]
 
@@ -112,6 +112,22 @@ class Work:
             where = self.config.place(f"{section}.{error.where}")
             raise UsageError(error.found, where=where, needed=error.needed, hint=error.hint) from None
 
+    def target(self, shape: PlanShape) -> str:
+        """The architecture to write: the one that was named, or the first that is right in the engines that were."""
+        from prismoe.portability import choose_target
+        from prismoe.target import absorbed
+
+        convert = self.config.convert
+        if convert.engines is None:
+            return convert.target
+        with self.placed("convert"):
+            return choose_target(
+                self.checkpoint.family,
+                absorbed(shape) if convert.absorb else shape,
+                engines=[name.strip() for name in convert.engines.split(",")],
+                target=convert.target if "convert.target" in self.config.places else None,
+            )
+
     def domains(self) -> list[Path]:
         return [self.folder("data") / name for name in self.config.need("data").domains]
 
@@ -119,20 +135,30 @@ class Work:
 def _plan(work: Work) -> dict[str, Any]:
     from prismoe.account import account
     from prismoe.plan import plan_shape
+    from prismoe.portability import portability
+    from prismoe.target import absorbed
 
     plan, convert = work.make_plan(), work.config.convert
     shape = plan_shape(plan)
-    counted = account(work.checkpoint.family, shape, target=convert.target, pad_to=convert.pad_to)
+    target = work.target(shape)
+    counted = account(
+        work.checkpoint.family, shape, target=target, pad_to=convert.pad_to, absorb=convert.absorb
+    ).to_dict()
+    stored = absorbed(shape) if convert.absorb else shape
+    engines = [row.to_dict() for row in portability(work.checkpoint.family, stored, target)]
     if work.out is not None and not work.dry_run:
         plan.save(work.out / PLAN)
     origin = asdict(plan.origin)
-    return {**origin, "source_name": str(work.config.source), "shape": asdict(shape), "account": counted.to_dict()}
+    named = {**origin, "source_name": str(work.config.source), "shape": asdict(shape)}
+    return {**named, "account": counted, "portability": engines}
 
 
 def _convert(work: Work) -> dict[str, Any]:
     from prismoe.convert import convert
+    from prismoe.plan import plan_shape
 
-    options = asdict(work.config.convert)
+    options = asdict(work.config.convert) | {"target": work.target(plan_shape(work.plan))}
+    del options["engines"]
     return convert(
         work.checkpoint,
         work.plan,

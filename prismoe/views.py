@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -61,8 +61,18 @@ def _plan(screen: Screen, receipt: Receipt) -> None:
             reason = f"{row['field']} is {row['found']}, needs {row['needed']}"
             rows.append([_mark(False), name, reason] if index == 0 else ["", "", reason])
     screen.table(["", "", ""], rows, justify="lll")
+    _engines(screen, counts["target"], receipt.get("portability", ()))
     for note in counts["notes"]:
         screen.line(f"note: {note}", style="dim")
+
+
+def _engines(screen: Screen, target: str, rows: Sequence[Receipt]) -> None:
+    screen.title(f"{target} in other engines")
+    screen.table(
+        ["", "", ""],
+        [[_mark(row["verdict"] == "runs"), row["engine"], f"{row['verdict']}: {row['why']}"] for row in rows],
+        justify="lll",
+    )
 
 
 def _convert_line(receipt: Receipt) -> str:
@@ -76,11 +86,14 @@ def _convert_line(receipt: Receipt) -> str:
 
 def _convert(screen: Screen, receipt: Receipt) -> None:
     rows = {"folder": receipt["out"], "experts": f"{receipt['num_experts']}, top-{receipt['top_k']}"}
+    if receipt.get("absorb"):
+        rows["shared neurons"] = "in every expert"
     if receipt["kept_shards"]:
         rows["kept from before"] = f"{receipt['kept_shards']} files"
     if receipt["dropped"]:
         rows["not needed"] = ", ".join(receipt["dropped"])
     screen.pairs(rows)
+    _engines(screen, receipt["target"], receipt.get("portability", ()))
     if receipt["files"]:
         rows_ = [[name, bytes_text(row["bytes"]), row["sha256"][:16]] for name, row in receipt["files"].items()]
         screen.table(["file", "size", "sha256"], rows_, justify="lrl")

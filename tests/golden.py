@@ -65,7 +65,6 @@ SOURCES = {
             "residual_multiplier": 0.6,
             "attention_multiplier": 0.11,
             "logits_scaling": 1.7,
-            "attention_bias": True,
         },
     ),
     "ernie4_5": Source("ernie4_5"),

@@ -32,7 +32,7 @@ FLOORS = (
         "family",
         "checkpoint",
     ),
-    *("stats", "layerplan", "methods", "routerinit", "plan", "target", "targets", "account"),
+    *("stats", "layerplan", "methods", "routerinit", "plan", "target", "targets", "account", "portability"),
     *("layout", "gather", "writer", "job", "convert", "verify"),
     *("data", "train", "calibrate", "evaluate", "generate"),
     *("located", "bind", "settings", "keys", "config", "console", "doctor", "state", "views", "figures", "report"),

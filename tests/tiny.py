@@ -38,15 +38,8 @@ def tiny_tokenizer(folder: Path, *, vocab_size: int = 128) -> Path:
     return folder
 
 
-def tiny_dense(folder: Path, family: str = "llama", *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
-    """Save a dense checkpoint: hidden 64, FFN 96, 3 layers, 4 heads with 2 key-value heads, vocabulary 128.
-
-    The weights are large enough (logits reach about 7) and the norm gains uneven enough for a wrong scale,
-    a swapped matrix or a lost bias to show. `overrides` are keys of the stock config.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def tiny_settings(family: str) -> dict[str, Any]:
+    """Keys of the stock config of a small model of `family`."""
     settings: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -63,7 +56,19 @@ def tiny_dense(folder: Path, family: str = "llama", *, seed: int = 0, dtype: str
         settings["head_dim"] = 16
     if family == "mistral":
         settings["sliding_window"] = None
-    config = AutoConfig.for_model(family, **{**settings, **overrides})
+    return settings
+
+
+def tiny_dense(folder: Path, family: str = "llama", *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+    """Save a dense checkpoint: hidden 64, FFN 96, 3 layers, 4 heads with 2 key-value heads, vocabulary 128.
+
+    The weights are large enough (logits reach about 7) and the norm gains uneven enough for a wrong scale,
+    a swapped matrix or a lost bias to show. `overrides` are keys of the stock config.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**tiny_settings(family), **overrides})
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     ids = torch.randint(0, config.vocab_size, (1, 40), generator=generator)

@@ -1,0 +1,116 @@
+"""Writes docs/targets.md from the golden cases and from the tables of the product; a test asserts that it is current.
+
+`python -m tests.matrix` writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from prismoe.families import REFUSED
+from prismoe.family import DenseConfig, dense_config
+from prismoe.plan import PlanShape
+from prismoe.portability import ENGINES, PREFERRED, portability
+from prismoe.targets import find_target
+from tests import golden
+
+PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
+KINDS = {"partition": "partition", "shared": "shared", "upcycle": "copies", "absorbed": "absorbed"}
+
+HEAD = """\
+# What holds what
+
+Written by `python -m tests.matrix` from the cases of `tests/golden.py`; a test fails when it is not current.
+
+Each ✓ is a conversion that a test loads with the stock class of transformers 5.23, and of 4.57 unless it says "5 only":
+no key missing or left over, logits within 2e-5 of an independent formula where they reach about 7 (float32), and 20
+greedy tokens equal. "shared" is a partition with an always-on expert, "copies" is upcycling (equal to the dense model),
+"absorbed" has the shared neurons in every expert (`convert.absorb`). Where there is no ✓ the note says what a target
+needs; "not tested" is a pair that would be written and that no test covers.
+"""
+
+
+def model(source: str) -> DenseConfig:
+    """What a source's config.json says, read without making its weights."""
+    from transformers import AutoConfig
+
+    from tests.tiny import tiny_settings
+
+    found = golden.SOURCES[source]
+    config = AutoConfig.for_model(found.family, **{**tiny_settings(found.family), **found.overrides}).to_dict()
+    return replace(dense_config(config), dtype="float32")
+
+
+def _shape(layers: int, shared: int = 0) -> PlanShape:
+    return PlanShape(layers, tuple(range(layers)), 8, 2, 8, shared, (4.0,))
+
+
+def _kind(name: str) -> str:
+    words = [word for key, word in KINDS.items() if key in name]
+    return words[-1] if words else "partition"
+
+
+def page() -> str:
+    """The whole of docs/targets.md."""
+    return "\n".join([HEAD, *_sources(), "", *_engines(), "", *_refused(), ""])
+
+
+def _sources() -> list[str]:
+    """A row for each source, a column for each target; what forbids a pair is numbered below."""
+    tested: dict[tuple[str, str], dict[str, None]] = {}
+    for case, (source, target, _) in golden.CASES.items():
+        tested.setdefault((source, target), {})[_kind(case.partition(", ")[2])] = None
+    only = {name: f"{name} (5 only)" if name in golden.ONLY_5 else name for name in PREFERRED}
+    lines = ["## Sources and targets", "", "| source | " + " | ".join(only.values()) + " |"]
+    lines.append("|---|" + "---|" * len(only))
+    notes = _Notes()
+    for source in golden.SOURCES:
+        dense = model(source)
+        cells = []
+        for target in PREFERRED:
+            objections = find_target(target).objections(dense, _shape(dense.num_layers))
+            found = tested.get((source, target))
+            forbidden = ", ".join(notes.mark(f"{row.field}: {row.needed}") for row in objections)
+            cells.append("✓ " + ", ".join(found) if found else forbidden or "not tested")
+        lines.append(f"| {source} | " + " | ".join(cells) + " |")
+    return [*lines, "", *notes.lines]
+
+
+class _Notes(dict[str, int]):
+    """Texts that repeat, numbered in the order of their first use."""
+
+    def mark(self, text: str) -> str:
+        return f"[{self.setdefault(text, len(self) + 1)}]"
+
+    @property
+    def lines(self) -> list[str]:
+        return [f"{number}. {text}" for text, number in self.items()]
+
+
+def _engines() -> list[str]:
+    """What each engine makes of each target, for the sources that differ in what they need."""
+    names = {"llama2": "Llama 2, 3.0", "llama3.1 tied": "Llama 3.1+", "mistral window": "Mistral with a window"}
+    names |= {"qwen2 tied": "Qwen2", "qwen3": "Qwen3", "olmo2": "OLMo2", "granite": "Granite", "ernie4_5": "Ernie 4.5"}
+    names |= {"cohere2": "Cohere2", "hunyuan": "HunYuan"}
+    lines = ["## Engines", "", "With a shared expert where the target has one, 8 experts, top-2, every layer.", ""]
+    lines += ["| source | target | " + " | ".join(ENGINES) + " |", "|---|---|" + "---|" * len(ENGINES)]
+    notes = _Notes()
+    for source, shown in names.items():
+        dense = model(source)
+        for target in PREFERRED:
+            shape = _shape(dense.num_layers, 32 if find_target(target).shared else 0)
+            if find_target(target).objections(dense, shape):
+                continue
+            rows = portability(dense, shape, target)
+            cells = [("✓ " if row.verdict == "runs" else f"{row.verdict} ") + notes.mark(row.why) for row in rows]
+            lines.append(f"| {shown} | {target} | " + " | ".join(cells) + " |")
+    return [*lines, "", *notes.lines]
+
+
+def _refused() -> list[str]:
+    return ["## Refused by name", "", *(f"- {name}: {why}" for name, why in REFUSED.items())]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
