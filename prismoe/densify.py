@@ -212,6 +212,13 @@ def _planned(plan: Plan, layer: int, block: ExpertBlock, where: str) -> _Joined:
             where=f"{where}: layer {layer} of the plan",
             needed="experts that partition one dense FFN",
         )
+    if len(found.shared) and block.num_blocks == block.num_experts:
+        raise UsageError(
+            f"{len(found.shared)} shared neurons are in every expert",
+            where=f"{where}: layer {layer} of the plan",
+            needed="experts that partition one dense FFN",
+            hint="convert without absorb",
+        )
     counts = [found.experts.shape[1]] * len(found.experts) + ([len(found.shared)] if len(found.shared) else [])
     stored = [block.width(e) for e in range(block.num_blocks)]
     # A layer without shared neurons still has the block of zeros where another layer has some.

@@ -185,6 +185,16 @@ def test_copies_are_refused(tmp_path: Path, planned: bool) -> None:
     assert not (tmp_path / "dense").exists()
 
 
+@pytest.mark.parametrize("planned", [True, False])
+def test_absorbed_neurons_are_refused(tmp_path: Path, planned: bool) -> None:
+    parent = tiny_dense(tmp_path / "parent")
+    convert(parent, make_plan(parent, num_experts=4, shared=32), out=tmp_path / "moe", absorb=True)
+    if not planned:
+        (tmp_path / "moe/plan.safetensors").unlink()
+    with pytest.raises(UsageError, match="32 shared neurons are in every expert" if planned else "share neurons"):
+        densify(tmp_path / "moe", out=tmp_path / "dense")
+
+
 def test_noise_is_refused(tmp_path: Path) -> None:
     parent = tiny_dense(tmp_path / "parent")
     plan = make_plan(parent, method="upcycle", num_experts=2, noise=0.01)
