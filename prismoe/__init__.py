@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prismoe.account import Account, account
+    from prismoe.calibrate import CalibrateConfig, calibrate
+    from prismoe.calibration import Calibration
     from prismoe.checkpoint import FFN, Checkpoint
     from prismoe.config import load_config
     from prismoe.convert import Conversion, convert
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FFN",
     "Account",
+    "CalibrateConfig",
+    "Calibration",
     "Certificate",
     "Checkpoint",
     "Config",
@@ -59,6 +63,7 @@ __all__ = [
     "Trained",
     "UsageError",
     "account",
+    "calibrate",
     "convert",
     "densify",
     "evaluate",
@@ -76,6 +81,8 @@ __all__ = [
 # The same as the imports above, which only type checkers see; a test compares them.
 _HOMES = {
     "account": ("Account", "account"),
+    "calibrate": ("CalibrateConfig", "calibrate"),
+    "calibration": ("Calibration",),
     "checkpoint": ("FFN", "Checkpoint"),
     "config": ("load_config",),
     "convert": ("Conversion", "convert"),

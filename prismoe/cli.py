@@ -224,6 +224,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(_stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
     "verify": Verb(_verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
     "prepare": Verb(_stages, "turn the text of each domain into tokens", ("data",)),
+    "calibrate": Verb(_stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(_stages, "train the mixture on the weighted domains", ("pretrain", "data")),
     "eval": Verb(_stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
     "report": Verb(_stages, "write the run's report.html"),

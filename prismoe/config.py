@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from prismoe import registry
 from prismoe.bind import Binder
 from prismoe.errors import UsageError
-from prismoe.keys import PLANNERS, keywords, known_keys, registered
+from prismoe.keys import PLANNERS, keywords, known_keys, registered, wanted_statistics
 from prismoe.located import Located, read_override, read_yaml
 from prismoe.settings import Config, ConvertConfig, PlanConfig
 
@@ -34,13 +34,15 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
         root = _with(root, [key], Located(setting, f"--{key} {setting}"), key)
     binder = Binder(known_keys())
     sections = binder.keys(root, "", [item.name for item in fields(Config) if item.name != "places"])
-    hints = get_type_hints(Config, localns={"PretrainConfig": Any}, include_extras=True)
+    hints = get_type_hints(Config, localns={"CalibrateConfig": Any, "PretrainConfig": Any}, include_extras=True)
     values: dict[str, Any] = {"places": {"": origin, **dict(_places(root, ""))}}
     for name, at in sections.items():
         if name == "plan":
             values[name] = binder.record(PlanConfig, at, name, _method_arguments(binder, at))
         elif name == "pretrain":
             values[name] = None if at.value is None else _pretrain(binder, at)
+        elif name == "calibrate":
+            values[name] = None if at.value is None else _calibrate(binder, at)
         elif name == "convert":
             _choice(binder, at, "convert.target", ConvertConfig.target, registry.names("prismoe.targets"))
             values[name] = binder.value(at, name, hints[name])
@@ -49,7 +51,15 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
     if binder.problems:
         raise UsageError("\n".join(sorted(binder.problems, key=lambda line: _line_number(line, origin))))
     config = Config(**values)
-    return replace(config, pretrain=config.pretrain and replace(config.pretrain, seed=config.seed))
+    calibrate = config.calibrate and replace(config.calibrate, **_chosen(config), seed=config.seed)
+    pretrain = config.pretrain and replace(config.pretrain, seed=config.seed)
+    return replace(config, calibrate=calibrate, pretrain=pretrain)
+
+
+def _chosen(config: Config) -> dict[str, Any]:
+    """Settings of the calibration that nobody wrote down: what the plan looks at."""
+    asked = wanted_statistics(config.plan)
+    return {key: value for key, value in asked.items() if f"calibrate.{key}" not in config.places}
 
 
 def _line_number(problem: str, origin: str) -> float:
@@ -102,6 +112,13 @@ def _method_arguments(binder: Binder, at: Located) -> dict[str, Any]:
         for name in [chosen] if chosen else names:
             found |= {name: hint for name, (hint, _) in keywords(registered(package, name, function)).items()}
     return found
+
+
+def _calibrate(binder: Binder, at: Located) -> Any:
+    """The calibrate section: its own keys but the seed (a run has one)."""
+    from prismoe.calibrate.settings import CalibrateConfig
+
+    return binder.record(CalibrateConfig, at, "calibrate", without="seed")
 
 
 def _pretrain(binder: Binder, at: Located) -> Any:

@@ -12,9 +12,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from prismoe import registry
-from prismoe.settings import Config, DomainConfig
+from prismoe.settings import Config, DomainConfig, PlanConfig
 
-__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "type_text"]
+__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "type_text", "wanted_statistics"]
 
 PLANNERS = (("prismoe.routerinit", "rows"), ("prismoe.methods", "split"))
 
@@ -32,14 +32,36 @@ def registered(package: str, name: str, function: str) -> Callable[..., Any]:
     return found
 
 
+def wanted_statistics(plan: PlanConfig) -> dict[str, Any]:
+    """Settings of `calibrate` that give this plan what its method, router and scale look at; empty: nothing.
+
+    A file of a registry folder says it in a function `calibration(arguments)`, its own defaults filled in.
+    """
+    quantities = {"inputs"} if plan.scale == "measured" else set()
+    found: dict[str, Any] = {}
+    for package, function in PLANNERS:
+        name = {"rows": plan.router, "split": plan.method}[function]
+        if name not in registry.names(package):  # "auto", "from:FILE"
+            continue
+        module = registry.load(package, name, where=package)
+        if hasattr(module, "calibration"):
+            own = {key: default for key, (_, default) in keywords(getattr(module, function)).items()}
+            asked = module.calibration({**own, **{key: plan.arguments[key] for key in own if key in plan.arguments}})
+            quantities.update(asked.pop("quantities"))
+            found |= asked
+    return {**found, "quantities": tuple(sorted(quantities))} if quantities else {}
+
+
 def known_keys() -> dict[str, tuple[Any, Any]]:
     """Every dotted key of a config with (type, default; MISSING where it must be set), for `prismoe VERB --help`."""
+    from prismoe.calibrate.settings import CalibrateConfig
     from prismoe.train.settings import PretrainConfig
 
+    sections = {"CalibrateConfig": CalibrateConfig, "PretrainConfig": PretrainConfig}
     found: dict[str, tuple[Any, Any]] = {}
 
     def walk(cls: Any, prefix: str) -> None:
-        hints = get_type_hints(cls, localns={"PretrainConfig": PretrainConfig}, include_extras=True)
+        hints = get_type_hints(cls, localns=sections, include_extras=True)
         for item in fields(cls):
             records = [kind for kind in (hints[item.name], *get_args(hints[item.name])) if is_dataclass(kind)]
             if item.name in ("arguments", "places") or (prefix and item.name == "seed"):

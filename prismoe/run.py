@@ -78,13 +78,14 @@ def run(
         InputError: a stage before the wanted ones is not finished.
         PrismoeError: whatever a stage raises; the stages before it stay finished.
     """
-    names = [name for name in STAGES if (name in stages if stages is not None else _wanted(config, name))]
+    names = [name for name in _order(config) if (name in stages if stages is not None else _wanted(config, name))]
     if "convert" in names and "plan" not in names:
         names.insert(0, "plan")
     for name in names:
-        config.need(STAGES[name].needs)
+        for key in STAGES[name].needs:
+            config.need(key)
     if dry_run:
-        names = [name for name in names if STAGES[name].dry or [name] == ["pretrain"] == names]
+        names = [name for name in names if _checkable(config, name) or [name] == ["pretrain"] == names]
     elif names != ["plan"]:
         config.need("out")
     work = Work(config, dry_run=dry_run, force=force, offline=offline, on_progress=on_progress)
@@ -125,6 +126,21 @@ def run(
     return Run(out=config.out or "", stages=tuple(done))
 
 
+def _order(config: Config) -> list[str]:
+    """What is soon done and often wrong comes first: a plan does not wait for text that it does not look at."""
+    soon = () if config.calibrate is not None else ("plan", "convert", "verify")
+    return sorted(STAGES, key=lambda name: name not in soon)
+
+
+def _checkable(config: Config, name: str) -> bool:
+    """Whether a dry run can say anything: not before the text of a calibration is prepared, or a plan is measured."""
+    if config.calibrate is None or not STAGES[name].dry:
+        return STAGES[name].dry
+    out = Path(config.need("out"))
+    measured = config.plan.calibration is not None or (out / STAGES["calibrate"].output).exists()
+    return {"prepare": True, "calibrate": (out / STAGES["prepare"].output).exists()}.get(name, measured)
+
+
 @contextmanager
 def _hold(out: Path) -> Iterator[None]:
     """Hold the run folder. What else a person keeps there is left alone: the stages claim their own folders in it."""
@@ -145,15 +161,16 @@ def _wanted(config: Config, name: str) -> bool:
 
 
 def _has_sections(config: Config, name: str) -> bool:
-    return getattr(config, STAGES[name].needs) is not None or STAGES[name].needs == "source"
+    return STAGES[name].needs[0] == "source" or getattr(config, STAGES[name].needs[0]) is not None
 
 
 def _keys(work: Work) -> dict[str, str]:
     """A hash for every stage that the config has the sections for."""
     keys: dict[str, str] = {}
     for name, stage in STAGES.items():
-        if _has_sections(work.config, name) and (name != "pretrain" or work.config.data is not None):
-            parts = [work.checkpoint.fingerprint, dict(stage.decides(work.config)), [keys[k] for k in stage.after]]
+        if all(key == "source" or getattr(work.config, key) is not None for key in stage.needs):
+            after = [keys[before] for before in stage.after if before in keys]
+            parts = [work.checkpoint.fingerprint, dict(stage.decides(work.config)), after]
             keys[name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return keys
 
@@ -171,14 +188,14 @@ def _check_before(work: Work, names: Sequence[str], keys: Mapping[str, str], sta
     """Before the first byte: nothing finished is overwritten by accident, and what a stage builds on is there."""
     for name in names:
         record = state.get(name)
-        kept = name in ("convert", "prepare", "pretrain") or (name == "plan" and "convert" in state)
+        kept = name in ("convert", "prepare", "calibrate", "pretrain") or (name == "plan" and "convert" in state)
         if record and kept and record["key"] != keys[name] and not work.force:
             raise UsageError(
                 f"{name} is finished with other settings{_difference(record['settings'], name, work.config)}",
                 where=str(work.folder(STAGES[name].output).parent if name != "plan" else work.folder(STATE)),
                 hint="--force makes it again, --out makes another run",
             )
-        for before in STAGES[name].after:
+        for before in (other for other in STAGES[name].after if other in keys):
             record = state.get(before)
             if before not in names and (record is None or record["key"] != keys[before]):
                 found = "is not finished" if record is None else "was made with other settings"

@@ -12,6 +12,7 @@ from prismoe.errors import UsageError
 from prismoe.rescale import Scale
 
 if TYPE_CHECKING:
+    from prismoe.calibrate.settings import CalibrateConfig
     from prismoe.train.settings import PretrainConfig
 
 __all__ = ["Config", "ConvertConfig", "DataConfig", "DomainConfig", "EvalConfig", "PlanConfig", "VerifyConfig"]
@@ -32,7 +33,7 @@ class PlanConfig:
     layers: str | int | list[int] = "all"
     scale: Scale = "auto"
     router: str = "auto"
-    calibration: str | None = None
+    calibration: str | None = None  # default: the run's own, where it has a calibrate section
     prompts: list[list[str]] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -94,6 +95,7 @@ class Config:
     source: str | None = None
     out: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    calibrate: CalibrateConfig | None = None
     plan: PlanConfig = field(default_factory=PlanConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
@@ -124,6 +126,10 @@ class Config:
         found = {key: value for key, value in asdict(self).items() if value is not None and key != "places"}
         for section in ("plan", "pretrain"):
             found.get(section, {}).update(found.get(section, {}).pop("arguments", {}))
-        found.get("pretrain", {}).pop("seed", None)  # one seed for the whole run
+        for section in ("calibrate", "pretrain"):
+            found.get(section, {}).pop("seed", None)  # one seed for the whole run
+        for key in ("quantities", "clusters"):
+            if f"calibrate.{key}" not in self.places:  # chosen by the plan, and again when it changes
+                found.get("calibrate", {}).pop(key, None)
         jsonable: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists, as YAML has them
         return jsonable

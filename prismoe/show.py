@@ -22,7 +22,8 @@ SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", 
 
 
 def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
-    """The facts about a run folder, plan, domain, config, or model (folder or hub name), JSON-able, with its `kind`.
+    """The facts about a run folder, plan, domain, calibration, config, or model (folder or hub name), with its `kind`;
+    JSON-able.
 
     Raises:
         InputError: none of these, or damaged.
@@ -46,6 +47,10 @@ def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
         splits = {split: asdict(counts) for split, counts in domain.splits.items()}
         facts = {"name": domain.name, "vocab_size": domain.vocab_size, "splits": splits}
         return {"kind": "domain", "folder": str(path), **facts}
+    if manifest is not None and manifest.kind == "calibrate":
+        from prismoe.calibration import Calibration
+
+        return {"kind": "calibration", **Calibration.open(path).to_dict()}
     if path.is_dir() and not (path / "config.json").is_file():
         found = f"a finished '{manifest.kind}' folder" if manifest else "nothing that prismoe knows"
         raise InputError(found, where=str(path), needed="a run folder, a model, a plan, a domain or a config")
@@ -133,7 +138,7 @@ def _show_run(screen: Screen, found: dict[str, Any]) -> None:
     screen.title(f"run {found['folder']}")
     for name, stage in found["stages"].items():
         screen.stage(name, "made", summary(name, stage["receipt"]), stage["seconds"])
-    for name in ("plan", "verify", "pretrain", "eval"):
+    for name in ("calibrate", "plan", "verify", "pretrain", "eval"):
         if name in found["stages"]:
             view(screen, name, found["stages"][name]["receipt"])
 
@@ -190,6 +195,7 @@ _SHOWN: dict[str, Callable[[Screen, dict[str, Any]], None]] = {
     "run": _show_run,
     "plan": _show_plan,
     "domain": _show_domain,
+    "calibration": lambda screen, found: view(screen, "calibrate", found),
     "model": _show_model,
     "config": _show_config,
 }

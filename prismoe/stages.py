@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "Stage", "Work"]
 
-PLAN, STATES = "plan.safetensors", "prompts.safetensors"
+PLAN, STATES, STATISTICS = "plan.safetensors", "prompts.safetensors", "calibration"
 
 
 class Work:
@@ -63,6 +63,7 @@ class Work:
         from prismoe.plan import make_plan
 
         plan = self.config.plan
+        own = self.folder(STATISTICS) if self.config.calibrate is not None else None
         with self.placed("plan"), self._prompts() as prompts:
             self._plan = make_plan(
                 self.checkpoint,
@@ -72,7 +73,7 @@ class Work:
                 seed=self.config.seed,
                 scale=plan.scale,
                 router=plan.router,
-                calibration=plan.calibration,
+                calibration=own if plan.calibration is None else plan.calibration,
                 **{**plan.arguments, **prompts},
             )
         return self._plan
@@ -107,9 +108,10 @@ class Work:
         try:
             yield
         except UsageError as error:
-            if f"{section}.{error.where}" not in known_keys():
+            key = error.where if error.where.startswith(f"{section}.") else f"{section}.{error.where}"
+            if key not in known_keys():
                 raise
-            where = self.config.place(f"{section}.{error.where}")
+            where = self.config.place(key)
             raise UsageError(error.found, where=where, needed=error.needed, hint=error.hint) from None
 
     def target(self, shape: PlanShape) -> str:
@@ -200,6 +202,22 @@ def _prepare(work: Work) -> dict[str, Any]:
     ).to_dict()
 
 
+def _calibrate(work: Work) -> dict[str, Any]:
+    from prismoe.calibrate import calibrate
+
+    with work.placed("calibrate"):
+        return calibrate(
+            work.checkpoint,
+            work.config.need("calibrate"),
+            domains=work.domains(),
+            out=work.folder(STATISTICS),
+            offline=work.offline,
+            force=work.force,
+            dry_run=work.dry_run,
+            on_progress=work.on_progress,
+        ).to_dict()
+
+
 def _pretrain(work: Work) -> dict[str, Any]:
     from prismoe.train.pretrain import pretrain
 
@@ -243,39 +261,52 @@ def _report(work: Work) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stage:
-    """`decides` gives what its result depends on beside the stages in `after`; `output` must be there when finished."""
+    """`decides` gives what its result depends on beside those stages in `after` that the config has the sections for;
+    `output` must be there when finished. `needs` are top-level keys; the first one asks for the stage.
+    """
 
     work: Callable[[Work], dict[str, Any]]
     output: str
     after: tuple[str, ...]
     decides: Callable[[Config], Mapping[str, Any]]
-    needs: str = "source"
+    needs: tuple[str, ...] = ("source",)
     dry: bool = False
 
 
 STAGES: dict[str, Stage] = {
-    "plan": Stage(_plan, PLAN, (), lambda c: {"seed": c.seed, "plan": _keys(c.plan), **_calibration(c)}, dry=True),
+    "prepare": Stage(_prepare, "data", (), lambda c: {"data": _texts(c)}, needs=("data",), dry=True),
+    "calibrate": Stage(
+        _calibrate,
+        f"{STATISTICS}/manifest.json",
+        ("prepare",),
+        lambda c: {"seed": c.seed, "calibrate": _keys(c.need("calibrate"))},
+        needs=("calibrate", "data"),
+        dry=True,
+    ),
+    "plan": Stage(
+        _plan, PLAN, ("calibrate",), lambda c: {"seed": c.seed, "plan": _keys(c.plan), **_calibration(c)}, dry=True
+    ),
     "convert": Stage(_convert, "moe/manifest.json", ("plan",), lambda c: {"convert": asdict(c.convert)}, dry=True),
     "verify": Stage(_verify, "moe/certificate.json", ("convert",), lambda c: {"verify": asdict(c.verify)}),
-    "prepare": Stage(_prepare, "data", (), lambda c: {"data": _texts(c)}, needs="data", dry=True),
     "pretrain": Stage(
         _pretrain,
         "train/manifest.json",
         ("convert", "prepare"),
         lambda c: {"seed": c.seed, "weights": c.need("data").weights, "pretrain": _keys(c.need("pretrain"))},
-        needs="pretrain",
+        needs=("pretrain", "data"),
     ),
-    "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs="data"),
+    "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs=("data",)),
     "report": Stage(_report, "report.html", (), lambda c: {}),
 }
-"""Every stage in the order in which `run` takes them."""
+"""Every stage, after those that it builds on."""
 
 
 def _keys(section: Any) -> dict[str, Any]:
     """A section's keys as the config file has them."""
     found = asdict(section)
-    found |= found.pop("arguments")
-    return {key: value for key, value in found.items() if key not in ("save_every", "keep")}  # they change no result
+    found |= found.pop("arguments", {})
+    unimportant = ("save_every", "save_seconds", "keep")  # they change no result
+    return {key: value for key, value in found.items() if key not in unimportant}
 
 
 def _calibration(config: Config) -> dict[str, str]:

@@ -11,8 +11,8 @@ from prismoe.errors import InputError
 __all__ = ["CONFIG", "STAGE_NAMES", "STATE", "read_state"]
 
 STATE, CONFIG = "run.json", "run.yaml"
-STAGE_NAMES = ("plan", "convert", "verify", "prepare", "pretrain", "eval", "report")
-"""Every stage in the order in which `run` takes them."""
+STAGE_NAMES = ("prepare", "calibrate", "plan", "convert", "verify", "pretrain", "eval", "report")
+"""Every stage in the order of what builds on what."""
 
 
 def read_state(out: Path) -> dict[str, Any]:

@@ -197,6 +197,24 @@ def _prepare(screen: Screen, receipt: Receipt) -> None:
             screen.line(f"note: {row['name']}: {row['num_empty']} empty documents left out", style="dim")
 
 
+def _calibrate_line(receipt: Receipt) -> str:
+    clusters = receipt["num_clusters"]
+    text = f"{', '.join(receipt['quantities'])} on {count_text(receipt['num_tokens'])} tokens"
+    text += f" in {clusters} cluster{'s' * (clusters > 1)}"
+    if receipt["state"] == "dry run":
+        memory, disk = bytes_text(receipt["memory_bytes"]), bytes_text(receipt["disk_bytes"])
+        return f"{text}; needs {memory} of memory, {disk} of disk"
+    return text + (f", loss {receipt['loss']:.3f}" if receipt["loss"] is not None else "")
+
+
+def _calibrate(screen: Screen, receipt: Receipt) -> None:
+    screen.pairs({"folder": receipt["folder"], "layers": receipt["num_layers"], "sequences": receipt["num_sequences"]})
+    if receipt["num_clusters"] > 1 and receipt["cluster_domains"]:
+        rows = [[str(cluster), *map(str, counts)] for cluster, counts in enumerate(receipt["cluster_domains"])]
+        screen.title("sequences of each domain in each cluster of text")
+        screen.table(["cluster", *receipt["domains"]], rows)
+
+
 def _pretrain_line(receipt: Receipt) -> str:
     if "first_loss" not in receipt:
         return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens: model, domains and settings fit"
@@ -261,6 +279,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "densify": _densify_line,
     "verify": _verify_line,
     "prepare": _prepare_line,
+    "calibrate": _calibrate_line,
     "pretrain": _pretrain_line,
     "eval": _eval_line,
     "report": lambda receipt: f"{receipt['report']} ({bytes_text(receipt['bytes'])})",
@@ -272,6 +291,7 @@ _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "densify": _densify,
     "verify": _verify,
     "prepare": _prepare,
+    "calibrate": _calibrate,
     "pretrain": _pretrain,
     "eval": _eval,
 }

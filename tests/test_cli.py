@@ -46,7 +46,7 @@ def test_help_names_every_verb_and_exit_code(capsys: pytest.CaptureFixture[str])
     assert main(["--help"]) == main(["-h"]) == 0
     assert capsys.readouterr().out == 2 * page
     assert set(VERBS) == {
-        *("plan", "convert", "verify", "prepare", "pretrain", "eval", "report", "run"),
+        *("plan", "convert", "verify", "prepare", "calibrate", "pretrain", "eval", "report", "run"),
         *("import", "densify", "show", "doctor", "demo"),
     }
     assert all(f"\n  {verb} " in page for verb in VERBS)

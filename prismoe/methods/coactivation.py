@@ -1,5 +1,6 @@
 """Neurons that fire together in one expert (MoEfication, 2110.01786): METIS cuts the graph of co-activations."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,6 +10,11 @@ from pydantic import Field
 from prismoe.assignment import assign
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, equal_width
+
+
+def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What it asks of `calibrate`."""
+    return {"quantities": ("coactivation",)}
 
 
 def split(

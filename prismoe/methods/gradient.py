@@ -2,7 +2,8 @@
 gets what cluster c needs.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -10,6 +11,11 @@ from pydantic import Field
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, equal_width
 from prismoe.wanted import checked, greedy, most_wanted, top
+
+
+def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What it asks of `calibrate`: a cluster of text for each expert."""
+    return {"quantities": ("importance",), "clusters": arguments["num_experts"]}
 
 
 def split(

@@ -5,7 +5,8 @@ expert that is always on: any target holds it, and target `dense` writes it in t
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,6 +14,12 @@ from pydantic import Field
 from prismoe.errors import NumericalError, UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw
 from prismoe.wanted import top
+
+
+def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What it asks of `calibrate`."""
+    asked = {"random": (), "gradient": ("importance",), "activation": ("activation",)}
+    return {"quantities": asked[arguments["by"]]}
 
 
 def split(

@@ -2,7 +2,8 @@
 the neurons that matter to the tokens which the router will send there.
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -12,6 +13,11 @@ from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView, equal_width
 from prismoe.routerrows import as_router_rows
 from prismoe.wanted import checked, greedy, most_wanted
+
+
+def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What it asks of `calibrate`."""
+    return {"quantities": ("inputs", "scores")}
 
 
 def split(

@@ -1,6 +1,7 @@
 """Rows fitted to what each expert really does: ridge regression of the log norm of its output on the FFN's input."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,11 @@ from pydantic import Field
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView
 from prismoe.planned import activations, expert_outputs, sampled_inputs
+
+
+def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What it asks of `calibrate`."""
+    return {"quantities": ("inputs",)}
 
 
 def rows(
