@@ -101,7 +101,7 @@ def densify(
 
     Args:
         source: a mixture in one of the architectures of `DENSE`, its folder or hub name.
-        plan: what the experts were cut by; default: plan.safetensors in the folder, where there is one.
+        plan: what the experts were cut by; default: moe.plan in the folder, where there is one.
         scale: factor that is folded into the experts and is taken out, where no plan says it.
         max_shard_bytes, force, dry_run: as in `convert`.
 

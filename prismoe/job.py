@@ -15,7 +15,8 @@ from prismoe.targets import find_target
 
 __all__ = ["PLAN", "Job", "prepare"]
 
-PLAN = "plan.safetensors"
+PLAN = "moe.plan"
+"""A safetensors file under another name: readers that load every *.safetensors of a folder must not meet it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,7 +70,7 @@ def test_the_certificate_sees_other_noise(tmp_path: Path) -> None:
     convert(dense, plan, out=tmp_path / "moe")
     (layer,) = plan.layers
     assert layer is not None
-    replace(plan, layers=(replace(layer, noise=Noise(std=0.05, seed=1)),)).save(tmp_path / "moe/plan.safetensors")
+    replace(plan, layers=(replace(layer, noise=Noise(std=0.05, seed=1)),)).save(tmp_path / "moe/moe.plan")
     with pytest.raises(NumericalError, match=r"check 'files' failed.*also failed: recipes, plan"):
         verify(tmp_path / "moe", source=dense, tokens=32)
 

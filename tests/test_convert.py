@@ -117,7 +117,7 @@ def test_folder_is_complete_and_loads_in_the_library(dense: Path, tmp_path: Path
     assert manifest.files == receipt.files
     assert set(manifest.files) | {"manifest.json", "prismoe.json"} == set(contents(out))
     assert manifest.parents["source"] == Checkpoint.open(dense).fingerprint == plan.origin.source
-    loaded = Plan.load(out / "plan.safetensors")
+    loaded = Plan.load(out / "moe.plan")
     assert np.array_equal(loaded.layers[1].experts, plan.layers[1].experts)  # type: ignore[union-attr]
     config = json.loads((out / "config.json").read_bytes())
     assert (config["model_type"], config["num_local_experts"], config["intermediate_size"]) == ("mixtral", 4, 32)

@@ -78,7 +78,7 @@ def test_a_scale_that_is_no_power_of_two_is_undone_to_one_rounding(tmp_path: Pat
 @pytest.mark.parametrize("case", ["mixtral", "padded", "shared", "dense layers"])
 def test_without_a_plan_the_experts_lie_side_by_side(tmp_path: Path, case: str) -> None:
     parent, moe = mixture(tmp_path, case)
-    (moe / "plan.safetensors").unlink()
+    (moe / "moe.plan").unlink()
     plain, scaled = densify(moe, out=tmp_path / "plain"), densify(moe, out=tmp_path / "scaled", scale=CASES_SCALE[case])
     assert plain.neuron_order == "stored"
     assert "summed as they are stored" in plain.warnings[0]
@@ -177,7 +177,7 @@ def test_copies_are_refused(tmp_path: Path, planned: bool) -> None:
     parent = tiny_dense(tmp_path / "parent")
     convert(parent, make_plan(parent, method="upcycle", num_experts=4), out=tmp_path / "moe")
     if not planned:
-        (tmp_path / "moe/plan.safetensors").unlink()
+        (tmp_path / "moe/moe.plan").unlink()
     found = "neuron 0 is in 4 experts" if planned else "experts 0 and 1 of layer 0 share neurons or are copies"
     with pytest.raises(UsageError, match=found) as raised:
         densify(tmp_path / "moe", out=tmp_path / "dense")
@@ -190,7 +190,7 @@ def test_absorbed_neurons_are_refused(tmp_path: Path, planned: bool) -> None:
     parent = tiny_dense(tmp_path / "parent")
     convert(parent, make_plan(parent, num_experts=4, shared=32), out=tmp_path / "moe", absorb=True)
     if not planned:
-        (tmp_path / "moe/plan.safetensors").unlink()
+        (tmp_path / "moe/moe.plan").unlink()
     with pytest.raises(UsageError, match="32 shared neurons are in every expert" if planned else "share neurons"):
         densify(tmp_path / "moe", out=tmp_path / "dense")
 

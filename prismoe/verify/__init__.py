@@ -13,6 +13,7 @@ from pathlib import Path
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, Manifest, sha256_file, versions
+from prismoe.job import PLAN
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.verify.certificate import CERTIFICATE, Certificate, Check, LayerNumbers
@@ -65,7 +66,7 @@ def verify(
     if certificate is None or certificate.key != key:
         from prismoe.verify.chain import certify  # torch and transformers are heavy: only here
 
-        plan = Plan.load(folder / "plan.safetensors")
+        plan = Plan.load(folder / PLAN)
         certificate = certify(
             Checkpoint.open(folder), dense, plan, manifest=manifest, tokens=tokens, key=key, on_progress=on_progress
         )
