@@ -261,7 +261,7 @@ def document(parts: list[dict[str, Any]], reading: str) -> str:
 Written by `python benchmarks/construction.py --shared ../shared --work DIR`; [construction.json](construction.json) has
 the loss of every model, seed and domain.
 
-- Each cell: perplexity on TinyStories, which both models were trained on · on the seven other domains (exp of the mean
+- Each cell: perplexity on TinyStories, which both were trained on · on the seven other domains (exp of the mean
   of their losses a token). Mean ± standard deviation over seeds; lower is better. A seed draws everything: split, router
   rows, calibration text. Seeds: {listed(seeds)}.
 - The held-out text is the same for all: the first {HELD_CHARACTERS} characters of documents spread over each domain's
