@@ -262,7 +262,7 @@ Written by `python benchmarks/construction.py --shared ../shared --work DIR`; [c
 the loss of every model, seed and domain.
 
 - Each cell: perplexity on TinyStories, which both were trained on · on the seven other domains (exp of the mean
-  of their losses a token). Mean ± standard deviation over seeds; lower is better. A seed draws everything: split, router
+  of their losses a token). Mean ± standard deviation over seeds; lower is better. A seed draws all: split, router
   rows, calibration text. Seeds: {listed(seeds)}.
 - The held-out text is the same for all: the first {HELD_CHARACTERS} characters of documents spread over each domain's
   file. Scored tokens a domain: {listed(scored)}. That is little text: differences of a few percent mean nothing.
