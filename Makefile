@@ -39,7 +39,7 @@ test: $(BIN)/.installed-dev $(TF4)/.installed
 	PRISMOE_TF4=$(abspath $(TF4)) $(BIN)/python -m pytest
 
 check: $(BIN)/.installed-dev
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_public.py

@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.assignment import assign
 from prismoe.balance import balanced_kmeans
+from prismoe.balance.assignment import assign
+from prismoe.balance.products import thin_product
 from prismoe.checkpoint import Checkpoint
-from prismoe.products import thin_product
 
 Rows = npt.NDArray[np.float32]
 KMC = {"max_iter": 500, "tol": 1e-4, "random_state": 0}

@@ -37,7 +37,7 @@ PLAN = """
 import sys, time
 started = time.perf_counter()
 from prismoe.checkpoint import Checkpoint
-from prismoe.job import prepare
+from prismoe.convert.job import prepare
 from prismoe.plan import make_plan
 plan = make_plan(sys.argv[1], num_experts=16, top_k=4)
 job = prepare(Checkpoint.open(sys.argv[1]), plan, "mixtral", 32, 5_000_000_000)

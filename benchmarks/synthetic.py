@@ -15,8 +15,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from prismoe.family import dense_config, tensor_shapes
-from prismoe.layout import index_json, lay_out
+from prismoe.checkpoint.family import dense_config, tensor_shapes
+from prismoe.convert.layout import index_json, lay_out
 from prismoe.recipe import Fill
 
 BLOCK = 32 << 20

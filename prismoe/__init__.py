@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prismoe.account import Account, account
     from prismoe.calibrate import CalibrateConfig, calibrate
-    from prismoe.calibration import Calibration
     from prismoe.checkpoint import FFN, Checkpoint
     from prismoe.config import load_config
+    from prismoe.config.settings import Config
     from prismoe.convert import Conversion, convert
     from prismoe.data.mixture import Mixture
     from prismoe.data.prepare import DomainSource, Prepared, prepare
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
     from prismoe.report import write_report
     from prismoe.run import Run, run
-    from prismoe.settings import Config
+    from prismoe.stats.calibration import Calibration
     from prismoe.train.pretrain import Trained, pretrain
     from prismoe.train.settings import PretrainConfig
     from prismoe.verify import Certificate, verify
@@ -82,9 +82,9 @@ __all__ = [
 _HOMES = {
     "account": ("Account", "account"),
     "calibrate": ("CalibrateConfig", "calibrate"),
-    "calibration": ("Calibration",),
     "checkpoint": ("FFN", "Checkpoint"),
     "config": ("load_config",),
+    "config.settings": ("Config",),
     "convert": ("Conversion", "convert"),
     "data.mixture": ("Mixture",),
     "data.prepare": ("DomainSource", "Prepared", "prepare"),
@@ -96,7 +96,7 @@ _HOMES = {
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
     "report": ("write_report",),
     "run": ("Run", "run"),
-    "settings": ("Config",),
+    "stats.calibration": ("Calibration",),
     "train.pretrain": ("Trained", "pretrain"),
     "train.settings": ("PretrainConfig",),
     "verify": ("Certificate", "verify"),

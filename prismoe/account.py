@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prismoe.family import DenseConfig, tensor_shapes
+from prismoe.checkpoint.family import DenseConfig, tensor_shapes
 from prismoe.plan import PlanShape
 from prismoe.target import PAD_TO, Objection, Target, absorbed, padded
 from prismoe.targets import all_targets, find_target

@@ -112,7 +112,7 @@ def _plan(job: Job) -> dict[str, Any]:
     """Make a plan, or hold two against each other."""
     if job.flags.compare is None:
         return _stages(job)
-    from prismoe.compare import compare_plans
+    from prismoe.plan.compare import compare_plans
     from prismoe.show import show_comparison
 
     found = compare_plans(*job.flags.compare).to_dict()
@@ -132,8 +132,8 @@ def _show(job: Job) -> dict[str, Any]:
 
 def _densify(job: Job) -> dict[str, Any]:
     from prismoe import views
+    from prismoe.config.options import DensifyOptions, read_options
     from prismoe.densify import densify
-    from prismoe.options import DensifyOptions, read_options
 
     options = read_options(DensifyOptions, job.overrides)
     source, out = _source_and_out(job, "a folder with experts")
@@ -159,8 +159,8 @@ def _import(job: Job) -> dict[str, Any]:
     from dataclasses import asdict
 
     from prismoe import views
+    from prismoe.config.options import ImportOptions, read_options
     from prismoe.importing import import_checkpoint
-    from prismoe.options import ImportOptions, read_options
 
     options = asdict(read_options(ImportOptions, job.overrides))
     domains = options.pop("domains")
@@ -286,11 +286,11 @@ def help_text(verb: str | None = None) -> str:
     found = VERBS[verb]
     page = f"prismoe {verb}: {found.what}\n\nusage: prismoe {verb} {SUBJECT}"
     if found.keys:
-        from prismoe.keys import key_lines
+        from prismoe.config.keys import key_lines
 
         page += "\n\nconfig keys, in the YAML or as section.key=value:\n" + "\n".join(key_lines(found.keys))
     if found.options:
-        from prismoe import options
+        from prismoe.config import options
 
         lines = options.option_lines(getattr(options, found.options))
         page += "\n\nits own, as key=value:\n" + "\n".join(lines)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from prismoe.checkpoint.family import DenseConfig
 from prismoe.errors import UsageError
-from prismoe.family import DenseConfig
 from prismoe.plan import PlanShape
 from prismoe.registry import suggestion
 from prismoe.targets import all_targets

@@ -48,7 +48,7 @@ def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
         facts = {"name": domain.name, "vocab_size": domain.vocab_size, "splits": splits}
         return {"kind": "domain", "folder": str(path), **facts}
     if manifest is not None and manifest.kind == "calibrate":
-        from prismoe.calibration import Calibration
+        from prismoe.stats.calibration import Calibration
 
         return {"kind": "calibration", **Calibration.open(path).to_dict()}
     if path.is_dir() and not (path / "config.json").is_file():

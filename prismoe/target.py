@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import DenseConfig, Rows, check_tensors
 from prismoe.errors import InputError, UsageError
-from prismoe.family import DenseConfig, Rows, check_tensors
 from prismoe.plan import LayerPlan, Plan, PlanShape, RouterDraw, plan_shape
 from prismoe.recipe import Copy, Draws, Fill, IntArray, Recipe, Stack, Take
 

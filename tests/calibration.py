@@ -11,9 +11,9 @@ import pytest
 
 from prismoe.calibrate import CalibrateConfig, calibrate
 from prismoe.calibrate.text import Text, draw_text
-from prismoe.calibration import Calibration
 from prismoe.data.shards import Domain
 from prismoe.progress import Progress, quiet
+from prismoe.stats.calibration import Calibration
 from tests.tiny import tiny_dense
 from tests.training import domain_folder
 

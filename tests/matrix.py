@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from prismoe.families import REFUSED
-from prismoe.family import DenseConfig, dense_config
+from prismoe.checkpoint.families import REFUSED
+from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.plan import PlanShape
 from prismoe.portability import ENGINES, PREFERRED, portability
 from prismoe.targets import find_target

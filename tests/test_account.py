@@ -10,7 +10,7 @@ import pytest
 
 from prismoe.account import account
 from prismoe.checkpoint import Checkpoint
-from prismoe.family import DenseConfig, dense_config
+from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.plan import PlanShape, make_plan, plan_shape
 from prismoe.target import lower
 from prismoe.targets import find_target

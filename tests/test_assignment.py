@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prismoe.assignment import Assignment, assign, equal_sizes
+from prismoe.balance.assignment import Assignment, assign, equal_sizes
 from prismoe.errors import NumericalError, UsageError
 
 

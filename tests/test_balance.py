@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prismoe.assignment import assign, equal_sizes
 from prismoe.balance import balanced_kmeans
+from prismoe.balance.assignment import assign, equal_sizes
+from prismoe.balance.products import thin_product
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import NumericalError, UsageError
-from prismoe.products import thin_product
 
 Rows = npt.NDArray[np.float32]
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from prismoe.calibrate import CalibrateConfig, calibrate
-from prismoe.calibration import Calibration
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, NumericalError, ResourceError, UsageError
+from prismoe.stats.calibration import Calibration
 from tests.calibration import EVERYTHING, SMALL, World, close, make_world
 from tests.tiny import tiny_dense
 from tests.training import domain_folder

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from prismoe.calibration import Calibration
 from prismoe.cli import main
 from prismoe.config import Config, load_config
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import sha256_file
 from prismoe.plan import Plan
 from prismoe.run import run
+from prismoe.stats.calibration import Calibration
 from tests.runs import config
 
 SHORT = ("calibrate.seq_len=16", "calibrate.max_tokens=512", "pretrain=null", "eval.seq_len=16")

@@ -11,11 +11,11 @@ import pytest
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.convert import convert
-from prismoe.draws import row_normals, tensor_normals
+from prismoe.convert.gather import Gatherer, execute
+from prismoe.convert.layout import lay_out
 from prismoe.errors import InputError, NumericalError
-from prismoe.gather import Gatherer, execute
 from prismoe.layerplan import Noise, RouterDraw
-from prismoe.layout import lay_out
+from prismoe.layerplan.draws import row_normals, tensor_normals
 from prismoe.plan import LayerPlan, Plan, make_plan
 from prismoe.target import lower
 from prismoe.targets import find_target

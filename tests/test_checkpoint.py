@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import header_bytes, read_header
 from prismoe.errors import InputError
-from prismoe.tensorfile import header_bytes, read_header
 from tests.handmade import CONFIG, SIDE, handmade, weights
 from tests.tiny import tiny_dense
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from prismoe.cli import main
-from prismoe.compare import compare_plans
 from prismoe.errors import UsageError
 from prismoe.plan import Plan, make_plan
+from prismoe.plan.compare import compare_plans
 from tests.handmade import handmade
 
 

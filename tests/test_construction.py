@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from prismoe.errors import NumericalError, UsageError
 from prismoe.layerplan import LayerPlan, every_neuron_once, layer_problem
+from prismoe.layerplan.wanted import greedy, most_wanted
 from prismoe.methods import clustering, coactivation, gradient, prune, random, router_first, upcycle
-from prismoe.wanted import greedy, most_wanted
 from tests.views import HIDDEN, full_statistics, random_ffn, statistics, view
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from prismoe.calibrate import CalibrateConfig, calibrate
-from prismoe.calibration import Calibration
 from prismoe.checkpoint import Checkpoint
 from prismoe.convert import convert
 from prismoe.data.prepare import DomainSource, prepare
 from prismoe.errors import InputError
 from prismoe.layerplan import every_neuron_once
+from prismoe.layerplan.planned import activations, expert_outputs
 from prismoe.plan import Plan, make_plan
-from prismoe.planned import activations, expert_outputs
+from prismoe.stats.calibration import Calibration
 from prismoe.verify import verify
 from tests.tiny import tiny_dense
 

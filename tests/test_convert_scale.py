@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.family import dense_config, tensor_shapes
-from prismoe.job import prepare
-from prismoe.layout import index_json, lay_out
+from prismoe.checkpoint.family import dense_config, tensor_shapes
+from prismoe.convert.job import prepare
+from prismoe.convert.layout import index_json, lay_out
 from prismoe.plan import make_plan
 from prismoe.recipe import Fill, Recipe
 from tests.handmade import CONFIG, handmade, weights

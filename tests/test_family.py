@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import FAMILIES, check_tensors, dense_config, optional_tensor, tensor_shapes
 from prismoe.errors import InputError
-from prismoe.family import FAMILIES, check_tensors, dense_config, optional_tensor, tensor_shapes
 from tests.tiny import tiny_dense
 
 LLAMA: dict[str, Any] = {

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import TensorInfo
+from prismoe.convert.gather import Gatherer, draw, execute
+from prismoe.convert.layout import lay_out
 from prismoe.errors import InputError
-from prismoe.gather import Gatherer, draw, execute
-from prismoe.layout import lay_out
 from prismoe.recipe import Copy, Fill, Recipe, Stack, Take
-from prismoe.tensorfile import TensorInfo
 from tests.handmade import handmade
 
 

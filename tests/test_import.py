@@ -15,13 +15,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import header_bytes
 from prismoe.cli import main
+from prismoe.convert.layout import recipe_tensor
 from prismoe.errors import InputError, PrismoeError, UsageError
 from prismoe.importing import Imported, import_checkpoint
 from prismoe.importing.llama_moe import layout, mixtral_recipes, read_llama_moe
-from prismoe.layout import recipe_tensor
 from prismoe.target import padded
-from prismoe.tensorfile import header_bytes
 from tests.golden import load
 from tests.llama_moe import LAYERS, RELEASED, SMALL, D, E, K, Reference, documented, released, weights
 from tests.training import domain_folder

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from prismoe import registry
+from prismoe.convert.gather import draw
 from prismoe.errors import UsageError
-from prismoe.gather import draw
 from prismoe.layerplan import LayerView, RouterDraw
 from prismoe.methods import random, upcycle
 from prismoe.recipe import Fill

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prismoe.checkpoint.tensorfile import header_bytes, read_header
 from prismoe.errors import InputError, UsageError
 from prismoe.plan import LayerPlan, Origin, Plan, RouterDraw, make_plan, plan_shape, select_layers
-from prismoe.tensorfile import header_bytes, read_header
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.cli import main
 from prismoe.errors import UsageError
-from prismoe.family import DenseConfig, dense_config
 from prismoe.plan import PlanShape
 from prismoe.portability import ENGINES, PREFERRED, RUNS, TRAPS, choose_target, portability
 from prismoe.targets import all_targets

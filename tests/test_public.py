@@ -20,29 +20,15 @@ MODULES = {
 }
 # From the ground up; a file or folder that is not named here only has to keep the whole free of cycles.
 FLOORS = (
-    *(
-        "errors",
-        "progress",
-        "recipe",
-        "registry",
-        "folder",
-        "tensorfile",
-        "families",
-        "configreader",
-        "family",
-        "checkpoint",
-    ),
-    *("stats", "layerplan", "methods", "routerinit", "plan", "target", "targets", "account", "portability"),
-    *("layout", "gather", "writer", "job", "convert", "verify"),
-    *("data", "train", "calibrate", "evaluate", "generate"),
-    *("located", "bind", "settings", "keys", "config", "console", "doctor", "state", "views", "figures", "report"),
-    *("stages", "run", "show", "demo", "cli", "__main__"),
+    *("errors", "progress", "recipe", "registry", "folder", "room", "checkpoint", "stats", "layerplan", "balance"),
+    *("methods", "routerinit", "plan", "target", "targets", "account", "portability"),
+    *("convert", "densify", "verify"),
+    *("data", "train", "calibrate", "evaluate", "generate", "importing"),
+    *("config", "console", "doctor", "state", "views", "report"),
+    *("run", "show", "demo", "cli", "__main__"),
 )
-# Files that work on bytes and headers alone: a machine without torch converts.
-WITHOUT_TORCH = {
-    *FLOORS[: FLOORS.index("verify")],
-    *("data", "located", "bind", "settings", "keys", "config", "console", "state", "views", "cli"),
-}
+# Files that work on bytes and headers alone: a machine without torch converts. Clustering may borrow its products.
+WITHOUT_TORCH = {*FLOORS[: FLOORS.index("verify")], "data", "config", "console", "state", "views", "cli"} - {"balance"}
 
 
 def imports(path: Path, *, lazy: bool) -> Iterator[str]:

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prismoe import figures
 from prismoe.errors import InputError
-from prismoe.report import write_report
+from prismoe.report import figures, write_report
 from tests.runs import copy_of, finished
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -10,9 +10,9 @@ import pytest
 
 from prismoe.errors import NumericalError, UsageError
 from prismoe.layerplan import LayerPlan, LayerView, Noise, RouterDraw
+from prismoe.layerplan.planned import router_rows
 from prismoe.methods import random, upcycle
-from prismoe.planned import router_rows
-from prismoe.rescale import rescaled
+from prismoe.plan.rescale import rescaled
 from prismoe.verify import reference
 from tests.views import HIDDEN, random_ffn, statistics, view
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import dense_config
 from prismoe.convert import convert
 from prismoe.errors import InputError, UsageError
-from prismoe.family import dense_config
 from prismoe.plan import Plan, PlanShape, make_plan, plan_shape
 from prismoe.recipe import Copy, Fill, Stack, Take
 from prismoe.target import lower, moe_config, padded

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.convert.gather import Gatherer, execute
+from prismoe.convert.layout import lay_out, recipe_tensor
 from prismoe.errors import InputError
-from prismoe.gather import Gatherer, execute
-from prismoe.layout import lay_out, recipe_tensor
 from prismoe.recipe import Strand, Weave
 from tests.handmade import handmade
 

@@ -21,12 +21,12 @@ from prismoe.calibrate.embedder import encoder_fingerprint
 from prismoe.calibrate.needs import check_needs
 from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.text import Text, draw_text
-from prismoe.calibration import KIND, SEQUENCES, Calibration, layer_file
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, UsageError
 from prismoe.folder import MANIFEST, Manifest, claim, hash_files, sha256_file, versions
 from prismoe.progress import Progress, quiet
+from prismoe.stats.calibration import KIND, SEQUENCES, Calibration, layer_file
 from prismoe.train.fit import check_fit
 
 __all__ = ["CalibrateConfig", "Calibration", "calibrate"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.text import Text
-from prismoe.family import DenseConfig
+from prismoe.checkpoint.family import DenseConfig
 from prismoe.room import require_room
 
 __all__ = ["Needs", "check_needs"]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import optional_tensor
 from prismoe.errors import InputError
-from prismoe.family import optional_tensor
 from prismoe.verify.stock import Loading, load_ends, load_layer
 
 __all__ = ["Parts"]

@@ -11,11 +11,11 @@ import torch
 
 from prismoe.calibrate.parts import Parts
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import header_bytes
 from prismoe.data.tokenizer import DocumentTokenizer
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_atomic
 from prismoe.progress import Progress, quiet
-from prismoe.tensorfile import header_bytes
 
 __all__ = ["prompt_states"]
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
 from prismoe.errors import InputError
 from prismoe.folder import write_atomic
-from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
 
 __all__ = ["States", "read_progress", "write_progress"]
 

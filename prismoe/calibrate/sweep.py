@@ -27,10 +27,10 @@ from prismoe.calibrate.settings import CalibrateConfig
 from prismoe.calibrate.states import States, read_progress, write_progress
 from prismoe.calibrate.text import Text
 from prismoe.calibrate.watch import Batch, Watch
-from prismoe.calibration import SEQUENCES, Sequences, layer_file
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import NumericalError
 from prismoe.progress import Progress
+from prismoe.stats.calibration import SEQUENCES, Sequences, layer_file
 
 __all__ = ["Pass", "Sweep", "passes"]
 

@@ -14,16 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import header_bytes, parse_json, read_header
+from prismoe.convert.layout import lay_out
+from prismoe.convert.stream import Output, Written, check_room, finished, job_key, write_output
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, UsageError
 from prismoe.folder import MANIFEST, FileEntry, claim, sha256_file, write_atomic
 from prismoe.importing.llama_moe import LlamaMoe, mixtral_recipes, read_llama_moe
-from prismoe.layout import lay_out
 from prismoe.progress import Progress, quiet
-from prismoe.stream import Output, Written, check_room, finished, job_key, write_output
 from prismoe.target import moe_config
 from prismoe.targets import find_target
-from prismoe.tensorfile import header_bytes, parse_json, read_header
 from prismoe.train.fit import check_fit
 
 __all__ = ["Imported", "import_checkpoint"]

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear, silu
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import DTYPES
 from prismoe.errors import NumericalError
 from prismoe.importing.llama_moe import EXPERT, LlamaMoe
 from prismoe.progress import Progress
-from prismoe.tensorfile import DTYPES
 
 __all__ = ["Fit", "fit_routers"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import DenseConfig, dense_config, optional_tensor, tensor_shapes
 from prismoe.errors import InputError
-from prismoe.family import DenseConfig, dense_config, optional_tensor, tensor_shapes
 from prismoe.plan import PlanShape
 from prismoe.recipe import Copy, Fill, Recipe, Take
 

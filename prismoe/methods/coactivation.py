@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from prismoe.assignment import assign
+from prismoe.balance.assignment import assign
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, equal_width
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, equal_width
-from prismoe.wanted import checked, greedy, most_wanted, top
+from prismoe.layerplan.wanted import checked, greedy, most_wanted, top
 
 
 def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:

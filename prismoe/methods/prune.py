@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prismoe.errors import NumericalError, UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw
-from prismoe.wanted import top
+from prismoe.layerplan.wanted import top
 
 
 def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pydantic import Field
 from prismoe.balance import balanced_kmeans
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView, equal_width
-from prismoe.routerrows import as_router_rows
-from prismoe.wanted import checked, greedy, most_wanted
+from prismoe.layerplan.routerrows import as_router_rows
+from prismoe.layerplan.wanted import checked, greedy, most_wanted
 
 
 def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:

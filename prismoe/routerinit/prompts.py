@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from prismoe.layerplan import LayerPlan, LayerView
-from prismoe.routerrows import as_router_rows, read_rows
+from prismoe.layerplan.routerrows import as_router_rows, read_rows
 
 
 def rows(

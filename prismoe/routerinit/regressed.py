@@ -9,7 +9,7 @@ from pydantic import Field
 
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, LayerView
-from prismoe.planned import activations, expert_outputs, sampled_inputs
+from prismoe.layerplan.planned import activations, expert_outputs, sampled_inputs
 
 
 def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:

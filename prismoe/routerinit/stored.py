@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.layerplan import LayerPlan, LayerView
-from prismoe.routerrows import read_rows
+from prismoe.layerplan.routerrows import read_rows
 
 
 def rows(layer: LayerView, plan: LayerPlan, *, router_file: str) -> npt.NDArray[np.float32]:

@@ -4,7 +4,7 @@ A sink of -1e4 takes no weight at all, and a window as long as the model's posit
 memory.
 """
 
-from prismoe.families import GRANITE
+from prismoe.checkpoint.families import GRANITE
 from prismoe.target import Constant, Rule, Slot, Target
 
 LAYER = "model.layers.{l}"

@@ -3,7 +3,7 @@
 The Mamba keys are there because readers check them; no layer uses them.
 """
 
-from prismoe.families import GRANITE
+from prismoe.checkpoint.families import GRANITE
 from prismoe.target import Rule, Slot, Target
 
 LAYER = "model.layers.{l}"

@@ -3,7 +3,7 @@
 Its four multipliers change nothing where the source has none; experts are fused on disk, gate rows above up rows.
 """
 
-from prismoe.families import GRANITE
+from prismoe.checkpoint.families import GRANITE
 from prismoe.target import Rule, Slot, Target
 
 LAYER = "model.layers.{l}"

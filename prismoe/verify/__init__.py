@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.convert.job import PLAN
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, Manifest, sha256_file, versions
-from prismoe.job import PLAN
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.verify.certificate import CERTIFICATE, Certificate, Check, LayerNumbers

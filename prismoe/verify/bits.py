@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.draws import row_normals
-from prismoe.family import optional_tensor
+from prismoe.checkpoint.family import optional_tensor
+from prismoe.convert.gather import draw
 from prismoe.folder import Manifest, sha256_file
-from prismoe.gather import draw
+from prismoe.layerplan.draws import row_normals
 from prismoe.plan import Plan
 from prismoe.progress import Progress
 from prismoe.recipe import Copy, Draws, Fill, Recipe, Stack, Weave

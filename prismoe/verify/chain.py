@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import optional_tensor
+from prismoe.checkpoint.tensorfile import ITEM_BYTES
 from prismoe.errors import InputError
-from prismoe.family import optional_tensor
 from prismoe.folder import Manifest, versions
 from prismoe.plan import LayerPlan, Plan
 from prismoe.progress import Progress
 from prismoe.room import available_memory
 from prismoe.targets import find_target
-from prismoe.tensorfile import ITEM_BYTES
 from prismoe.verify import reference, stock
 from prismoe.verify.bits import changed_files, differing_from_recipes, not_carried
 from prismoe.verify.certificate import Certificate, Check, LayerNumbers

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.draws import row_normals
 from prismoe.layerplan import LayerPlan
+from prismoe.layerplan.draws import row_normals
 
 __all__ = ["Matrix", "changed_ffn", "count_wrong_choices", "gates", "kind", "neuron_weights", "plan_ffn"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from prismoe.config.located import Located, plain
 from prismoe.errors import UsageError
-from prismoe.located import Located, plain
 
 __all__ = ["Binder"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.errors import InputError
-from prismoe.family import DenseConfig, dense_config
 
 __all__ = ["DENSE", "dense_counterpart"]
 

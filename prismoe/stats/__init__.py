@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_atomic
-from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
 
 __all__ = ["QUANTITIES", "TENSORS", "NeuronStats", "check_stats"]
 

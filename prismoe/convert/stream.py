@@ -18,14 +18,14 @@ from threading import Event, Lock
 from typing import Any
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.convert.gather import Gatherer
+from prismoe.convert.layout import Shard, index_json
+from prismoe.convert.writer import BUFFER_BYTES, write_shard
 from prismoe.errors import InterruptedRun
 from prismoe.folder import FileEntry, Manifest, claim, hash_files, write_atomic, write_json_atomic
-from prismoe.gather import Gatherer
-from prismoe.layout import Shard, index_json
 from prismoe.progress import Progress
 from prismoe.recipe import sources
 from prismoe.room import require_room
-from prismoe.writer import BUFFER_BYTES, write_shard
 
 __all__ = ["Output", "Written", "check_room", "finished", "job_key", "write_folder", "write_output"]
 

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.assignment import Floats, Ints, assign, equal_sizes, solve
+from prismoe.balance.assignment import Floats, Ints, assign, equal_sizes, solve
+from prismoe.balance.products import Product, Rows, thin_product
 from prismoe.errors import NumericalError, UsageError
-from prismoe.products import Product, Rows, thin_product
 
 __all__ = ["Clusters", "balanced_kmeans"]
 

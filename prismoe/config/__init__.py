@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from prismoe import registry
-from prismoe.bind import Binder
+from prismoe.config.bind import Binder
+from prismoe.config.keys import PLANNERS, keywords, known_keys, registered, wanted_statistics
+from prismoe.config.located import Located, read_override, read_yaml
+from prismoe.config.settings import Config, ConvertConfig, PlanConfig
 from prismoe.errors import UsageError
-from prismoe.keys import PLANNERS, keywords, known_keys, registered, wanted_statistics
-from prismoe.located import Located, read_override, read_yaml
-from prismoe.settings import Config, ConvertConfig, PlanConfig
 
 __all__ = ["Config", "load_config"]
 

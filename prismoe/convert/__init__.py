@@ -1,6 +1,6 @@
 """Dense folder + plan + target → MoE folder, streamed: memory and speed do not depend on the size of the model.
 
-Everything is decided and checked on shapes first; `prismoe/stream.py` then writes.
+Everything is decided and checked on shapes first; `prismoe/convert/stream.py` then writes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.convert.job import Job, prepare
+from prismoe.convert.stream import Written, check_room, write_folder
 from prismoe.folder import FileEntry
-from prismoe.job import Job, prepare
 from prismoe.plan import Plan, plan_shape
 from prismoe.portability import Portability, portability
 from prismoe.progress import Progress, quiet
-from prismoe.stream import Written, check_room, write_folder
 from prismoe.target import absorbed
 
 __all__ = ["Conversion", "convert"]
@@ -27,7 +27,8 @@ class Conversion:
     """Receipt of `convert`. Sizes in bytes, `seconds` of wall time.
 
     `state` is "written", "already complete" or "dry run"; `kept_shards` were finished by an earlier, stopped run.
-    `portability` says which engines run it right. `dropped` are source tensors that the converted model does not need. `free_bytes` is what the disk had before.
+    `portability` says which engines run it right. `dropped` are source tensors that the converted model does not need.
+    `free_bytes` is what the disk had before.
     """
 
     out: str

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.assignment import assign
+from prismoe.balance.assignment import assign
 from prismoe.errors import UsageError
 from prismoe.layerplan import LayerPlan, RouterDraw
 from prismoe.plan import Plan, plan_shape

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MARKER, claim, write_atomic, write_json_atomic
 from prismoe.progress import Progress, quiet
-from prismoe.stages import STAGES, Work
+from prismoe.run.stages import STAGES, Work
 from prismoe.state import CONFIG, STATE, read_state
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, read_header
 from prismoe.errors import InputError
 from prismoe.folder import Manifest, write_atomic
 from prismoe.stats import NeuronStats, check_stats
-from prismoe.tensorfile import DTYPES, header_bytes, read_header
 
 __all__ = ["KIND", "SEQUENCES", "Calibration", "Sequences", "layer_file"]
 

@@ -82,7 +82,7 @@ def write_report(run_folder: str | Path) -> Path:
     makers = (_scores, _training, _plan, _certificate, _data)
     sections = [section for make in makers if (section := make(receipts, folder)) is not None]
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        files("prismoe").joinpath("report.html.jinja").read_text(encoding="utf-8")
+        files("prismoe.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     text = page.render(
         title=f"{Path(receipts['plan']['source_name']).name} as {receipts['plan']['account']['target']}",
@@ -139,7 +139,7 @@ def _number(name: str, value: str, more: str = "", state: str = "") -> dict[str,
 def _scores(receipts: Mapping[str, Any], folder: Path) -> Section | None:
     if "eval" not in receipts:
         return None
-    from prismoe import figures
+    from prismoe.report import figures
 
     receipt = receipts["eval"]
     models = list(receipt["models"])
@@ -172,7 +172,7 @@ def _training(receipts: Mapping[str, Any], folder: Path) -> Section | None:
     evals = [line for line in lines if line["event"] == "eval"]
     if not steps or not evals:
         return None
-    from prismoe import figures
+    from prismoe.report import figures
 
     pictures = [
         Figure("Training loss (language modelling only)", _svg("training_loss", figures.training_loss(steps))),
@@ -233,7 +233,7 @@ def _plan(receipts: Mapping[str, Any], folder: Path) -> Section:
 def _certificate(receipts: Mapping[str, Any], folder: Path) -> Section | None:
     if "verify" not in receipts:
         return None
-    from prismoe import figures
+    from prismoe.report import figures
 
     receipt = receipts["verify"]
     rows = [

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import FFN
-from prismoe.draws import tensor_normals
 from prismoe.errors import NumericalError, UsageError
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw
+from prismoe.layerplan.draws import tensor_normals
 
 __all__ = ["activations", "expert_outputs", "neuron_outputs", "router_rows", "sampled_inputs"]
 

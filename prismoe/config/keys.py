@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from prismoe import registry
-from prismoe.settings import Config, DomainConfig, PlanConfig
+from prismoe.config.settings import Config, DomainConfig, PlanConfig
 
 __all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "type_text", "wanted_statistics"]
 

@@ -13,10 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+from prismoe.convert.gather import Gatherer
+from prismoe.convert.layout import Shard
 from prismoe.errors import ResourceError
 from prismoe.folder import FileEntry, fsync_folder
-from prismoe.gather import Gatherer
-from prismoe.layout import Shard
 
 __all__ = ["BUFFER_BYTES", "Stopped", "write_shard"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.checkpoint.tensorfile import read_header
 from prismoe.errors import InputError
-from prismoe.tensorfile import read_header
 
 __all__ = ["as_router_rows", "read_rows"]
 

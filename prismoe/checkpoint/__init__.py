@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.checkpoint.tensorfile import DTYPES, TensorInfo, parse_json, read_header
 from prismoe.errors import InputError
-from prismoe.tensorfile import DTYPES, TensorInfo, parse_json, read_header
 
 if TYPE_CHECKING:
-    from prismoe.family import DenseConfig, Rows
+    from prismoe.checkpoint.family import DenseConfig, Rows
 
 __all__ = ["FFN", "Checkpoint", "TensorInfo"]
 
@@ -100,7 +100,7 @@ class Checkpoint:
         Raises:
             InputError: an unsupported family or feature, naming the field.
         """
-        from prismoe.family import dense_config
+        from prismoe.checkpoint.family import dense_config
 
         dense = dense_config(self.config, where=str(self.folder / "config.json"))
         if dense.dtype is None and self.tensors:
@@ -111,7 +111,7 @@ class Checkpoint:
     @cached_property
     def places(self) -> Mapping[str, Rows]:
         """See `tensor_rows`."""
-        from prismoe.family import tensor_rows
+        from prismoe.checkpoint.family import tensor_rows
 
         return tensor_rows(self.family)
 

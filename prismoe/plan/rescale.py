@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prismoe.errors import NumericalError
 from prismoe.layerplan import LayerPlan, LayerView
-from prismoe.planned import activations, expert_outputs, neuron_outputs, router_rows, sampled_inputs
+from prismoe.layerplan.planned import activations, expert_outputs, neuron_outputs, router_rows, sampled_inputs
 
 __all__ = ["Scale", "rescaled"]
 

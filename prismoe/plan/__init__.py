@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe import registry
-from prismoe.calibration import Calibration
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, sha256_file, write_atomic
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, layer_problem, no_statistics
-from prismoe.planfile import pack_layer, unpack_layer
-from prismoe.rescale import Scale, rescaled
+from prismoe.plan.planfile import pack_layer, unpack_layer
+from prismoe.plan.rescale import Scale, rescaled
 from prismoe.routerinit import Router
-from prismoe.tensorfile import DTYPES, header_bytes, parse_json, read_header
+from prismoe.stats.calibration import Calibration
 
 __all__ = [
     "LayerPlan",
@@ -131,7 +131,7 @@ def make_plan(
         layers: see `select_layers`; the others stay dense.
         top_k: experts per token. A method that makes a single expert has it always on.
         seed: of everything that draws.
-        scale: factor on the routed output: "auto" is the method's own, see `prismoe.rescale` for the other names.
+        scale: factor on the routed output: "auto" is the method's own, see `prismoe.plan.rescale` for the other names.
         router: a file of `prismoe/routerinit`, or "from:FILE"; "auto" is the method's own rows, else "random".
         calibration: what `calibrate` made of this checkpoint.
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import Field
 
-from prismoe.bind import Binder
+from prismoe.config.bind import Binder
+from prismoe.config.keys import type_text
+from prismoe.config.located import Located, read_override
 from prismoe.errors import UsageError
-from prismoe.keys import type_text
-from prismoe.located import Located, read_override
 
 __all__ = ["DensifyOptions", "ImportOptions", "option_lines", "read_options"]
 

@@ -103,7 +103,7 @@ class Work:
     @contextmanager
     def placed(self, section: str) -> Iterator[None]:
         """A complaint about an argument is told where the argument was written."""
-        from prismoe.keys import known_keys
+        from prismoe.config.keys import known_keys
 
         try:
             yield

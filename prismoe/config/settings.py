@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from prismoe.errors import UsageError
-from prismoe.rescale import Scale
+from prismoe.plan.rescale import Scale
 
 if TYPE_CHECKING:
     from prismoe.calibrate.settings import CalibrateConfig

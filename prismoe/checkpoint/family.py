@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prismoe.configreader import ConfigReader
+from prismoe.checkpoint.configreader import ConfigReader
+from prismoe.checkpoint.families import FAMILIES, GRANITE, REFUSED, Family
 from prismoe.errors import InputError
-from prismoe.families import FAMILIES, GRANITE, REFUSED, Family
 
 __all__ = [
     "FAMILIES",

@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import dataclass
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.convert.layout import lay_out
+from prismoe.convert.stream import Output, job_key
 from prismoe.errors import InputError, UsageError
-from prismoe.layout import lay_out
 from prismoe.plan import Plan, plan_shape
-from prismoe.stream import Output, job_key
 from prismoe.target import absorbed, lower, output_config
 from prismoe.targets import find_target
 

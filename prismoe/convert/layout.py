@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from prismoe.checkpoint.tensorfile import ITEM_BYTES, TensorInfo, header_bytes, tensor_bytes
 from prismoe.errors import InputError, UsageError
 from prismoe.recipe import Copy, Fill, Recipe, Take, Weave, sources
-from prismoe.tensorfile import ITEM_BYTES, TensorInfo, header_bytes, tensor_bytes
 
 __all__ = ["Piece", "Shard", "index_json", "lay_out", "recipe_tensor"]
 

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.densefamily import DENSE, dense_counterpart
+from prismoe.checkpoint.family import DenseConfig, check_tensors, optional_tensor, tensor_shapes
+from prismoe.convert.job import PLAN
+from prismoe.convert.layout import lay_out, recipe_tensor
+from prismoe.convert.stream import Output, Written, check_room, job_key, write_folder
+from prismoe.densify.densefamily import DENSE, dense_counterpart
+from prismoe.densify.expertblocks import ExpertBlock, Parts, expert_block, look_alike
 from prismoe.errors import InputError, UsageError
-from prismoe.expertblocks import ExpertBlock, Parts, expert_block, look_alike
-from prismoe.family import DenseConfig, check_tensors, optional_tensor, tensor_shapes
 from prismoe.folder import FileEntry
-from prismoe.job import PLAN
 from prismoe.layerplan import LayerPlan
-from prismoe.layout import lay_out, recipe_tensor
 from prismoe.plan import Plan, plan_shape
 from prismoe.progress import Progress, quiet
 from prismoe.recipe import Copy, IntArray, Recipe, Weave
-from prismoe.stream import Output, Written, check_room, job_key, write_folder
 from prismoe.target import Target
 from prismoe.targets import find_target
 

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.draws import row_normals, tensor_normals
+from prismoe.checkpoint.tensorfile import DTYPES, ITEM_BYTES
+from prismoe.convert.layout import Piece, lay_out, recipe_tensor
 from prismoe.errors import InputError
-from prismoe.layout import Piece, lay_out, recipe_tensor
+from prismoe.layerplan.draws import row_normals, tensor_normals
 from prismoe.recipe import Copy, Draws, Fill, Recipe, Take, Weave, sources
-from prismoe.tensorfile import DTYPES, ITEM_BYTES
 
 __all__ = ["Gatherer", "draw", "execute"]
 
