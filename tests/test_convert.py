@@ -11,9 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import prismoe.convert.writer
 from prismoe.checkpoint import Checkpoint
-from prismoe.convert import convert
+from prismoe.convert import convert, writer
 from prismoe.errors import InputError, InterruptedRun, PrismoeError, ResourceError, UsageError
 from prismoe.folder import Manifest
 from prismoe.plan import Plan, make_plan
@@ -154,8 +153,8 @@ def test_chunks_smaller_than_tensors_change_nothing(
 ) -> None:
     plan = make_plan(dense, num_experts=4)
     convert(dense, plan, out=tmp_path / "a")
-    monkeypatch.setattr(prismoe.convert.writer, "CHUNK", 4096)
-    monkeypatch.setattr(prismoe.convert.writer, "BUFFER_BYTES", 4096 * prismoe.convert.writer.DEPTH)
+    monkeypatch.setattr(writer, "CHUNK", 4096)
+    monkeypatch.setattr(writer, "BUFFER_BYTES", 4096 * writer.DEPTH)
     convert(dense, plan, out=tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -169,7 +168,7 @@ def test_a_file_system_without_direct_writes(dense: Path, tmp_path: Path, monkey
     real_open, real_write, refused = os.open, os.pwrite, []
 
     def no_direct_open(path, flags, *rest, **named):  # type: ignore[no-untyped-def]
-        if flags & prismoe.convert.writer.O_DIRECT:
+        if flags & writer.O_DIRECT:
             refused.append("open")
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_open(path, flags, *rest, **named)
@@ -181,7 +180,7 @@ def test_a_file_system_without_direct_writes(dense: Path, tmp_path: Path, monkey
     def no_direct_write(handle, data, offset):  # type: ignore[no-untyped-def]
         import fcntl
 
-        if fcntl.fcntl(handle, fcntl.F_GETFL) & prismoe.convert.writer.O_DIRECT:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & writer.O_DIRECT:
             refused.append("write")
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_write(handle, data, offset)
