@@ -97,6 +97,27 @@ def test_a_layer_is_proved_and_a_warm_start_changes_nothing(kind: str) -> None:
     assert paid(costs, back.labels) == pytest.approx(paid(costs, found.labels), rel=1e-12)
 
 
+@pytest.mark.parametrize("lone", [True, False])
+def test_rows_far_from_every_boundary_may_have_to_move(lone: bool) -> None:
+    """One row too many in cluster 0, one too few in 3, while 600 rows of 1 and 2 crowd the boundary between them.
+
+    The cheapest way is row 0, at 1. Among the rows near a boundary there is none of cluster 0 (`lone`), or only row 1,
+    which would pay 10: either way those rows alone give a wrong answer, and only the check over all rows tells.
+    """
+    costs = np.full((1000, 4), 10.0)
+    costs[:200, 0] = costs[200:500, 1] = costs[500:800, 2] = costs[800:, 3] = 0.0
+    spread = 1e-3 * np.random.default_rng(0).random(600) + 1e-6
+    costs[200:500, 2], costs[500:800, 1] = spread[:300], spread[300:]
+    costs[0, 3] = 1.0
+    if not lone:
+        costs[1, 1] = 1e-9
+    sizes = np.array([199, 300, 300, 201])
+    found = assign(costs, sizes)
+    assert paid(costs, found.labels) == pytest.approx(1.0)
+    assert found.labels[0] == 3
+    proved(costs, found)
+
+
 def test_sizes_differ_by_one_at_most() -> None:
     assert equal_sizes(10, 4).tolist() == [3, 3, 2, 2]
     assert np.bincount(assign(np.zeros((10, 4))).labels).tolist() == [3, 3, 2, 2]
