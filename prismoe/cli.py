@@ -8,205 +8,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
+from prismoe.verbs import folders, machine, show, stages
+from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
-    from prismoe.config import Config
     from prismoe.console import Screen
 
 __all__ = ["main"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command: what was typed, and the screen to show it on."""
-
-    verb: str
-    subject: str | None
-    overrides: tuple[str, ...]
-    flags: argparse.Namespace
-    screen: Screen
-
-    def config(self) -> Config:
-        """What the subject and the overrides describe: a YAML file, a run folder, or a model as `source`."""
-        from prismoe.config import load_config
-
-        overrides = self.overrides
-        if self.flags.engines is not None:
-            overrides = (*overrides, f"convert.engines={self.flags.engines}")
-        fixed = {key: getattr(self.flags, key) for key in ("out", "seed") if getattr(self.flags, key) is not None}
-        if self.subject is None:
-            return load_config(overrides=overrides, **fixed)
-        if self.subject.endswith((".yaml", ".yml")):
-            return load_config(self.subject, overrides=overrides, **fixed)
-        if (Path(self.subject) / "run.yaml").is_file():
-            fixed.setdefault("out", self.subject)
-            return load_config(Path(self.subject) / "run.yaml", overrides=overrides, **fixed)
-        return load_config(overrides=overrides, source=self.subject, **fixed)
-
-
-def _stages(job: Job) -> dict[str, Any]:
-    """A verb that is one stage of a run, or all of them."""
-    from prismoe import views
-    from prismoe.run import Done, run
-
-    config = job.config()
-    several = job.verb == "run"
-
-    def show(done: Done) -> None:
-        if several:
-            job.screen.stage(done.stage, done.state, views.summary(done.stage, done.receipt), done.seconds)
-        elif done.stage == job.verb:
-            views.view(job.screen, done.stage, done.receipt)
-        for warning in done.receipt.get("warnings", ()) if several or done.stage == job.verb else ():
-            job.screen.warning(f"{done.stage}: {warning}")
-
-    with job.screen.progress() as on_progress:
-        result = run(
-            config,
-            stages=None if several else (job.verb,),
-            dry_run=job.flags.dry_run,
-            force=job.flags.force,
-            offline=job.flags.offline,
-            on_progress=on_progress,
-            on_stage=show,
-        )
-    if several and not job.flags.dry_run and result.stages[-1].stage != "report":
-        job.screen.warning("report: not written, jinja2 or matplotlib is missing: pip install 'prismoe[report]'")
-    if several and "eval" in (receipts := {done.stage: done.receipt for done in result.stages}):
-        views.view(job.screen, "eval", receipts["eval"])
-    if not result.stages:
-        job.screen.note(f"{job.verb}: the config is right; there is nothing else to check before the work itself")
-    return result.to_dict() if several or not result.stages else result.of(job.verb)
-
-
-def _verify(job: Job) -> dict[str, Any]:
-    """A run's mixture, or any folder that `convert` wrote."""
-    from prismoe import views
-    from prismoe.folder import Manifest
-
-    manifest = Manifest.read(Path(job.subject)) if job.subject and Path(job.subject).is_dir() else None
-    if job.subject is None or manifest is None or manifest.kind != "convert":
-        return _stages(job)
-    from prismoe.config import load_config
-    from prismoe.verify import verify
-
-    config = load_config(overrides=job.overrides)
-    with job.screen.progress() as on_progress:
-        certificate = verify(
-            job.subject,
-            source=config.source,
-            tokens=config.verify.tokens,
-            force=job.flags.force,
-            offline=job.flags.offline,
-            on_progress=on_progress,
-        ).to_dict()
-    views.view(job.screen, "verify", certificate)
-    return certificate
-
-
-def _plan(job: Job) -> dict[str, Any]:
-    """Make a plan, or hold two against each other."""
-    if job.flags.compare is None:
-        return _stages(job)
-    from prismoe.plan.compare import compare_plans
-    from prismoe.show import show_comparison
-
-    found = compare_plans(*job.flags.compare).to_dict()
-    show_comparison(job.screen, found)
-    return found
-
-
-def _show(job: Job) -> dict[str, Any]:
-    from prismoe.show import describe, show
-
-    if job.subject is None:
-        raise UsageError("nothing to show", needed="a run folder, a model, a plan, a domain or a config")
-    found: dict[str, Any] = describe(job.subject, offline=job.flags.offline)
-    show(job.screen, found)
-    return found
-
-
-def _densify(job: Job) -> dict[str, Any]:
-    from prismoe import views
-    from prismoe.config.options import DensifyOptions, read_options
-    from prismoe.densify import densify
-
-    options = read_options(DensifyOptions, job.overrides)
-    source, out = _source_and_out(job, "a folder with experts")
-    with job.screen.progress() as on_progress:
-        receipt = densify(
-            source,
-            out=out,
-            plan=options.plan,
-            scale=options.scale,
-            max_shard_bytes=options.max_shard_bytes,
-            offline=job.flags.offline,
-            force=job.flags.force,
-            dry_run=job.flags.dry_run,
-            on_progress=on_progress,
-        ).to_dict()
-    views.view(job.screen, "densify", receipt)
-    for warning in receipt["warnings"]:
-        job.screen.warning(warning)
-    return receipt
-
-
-def _import(job: Job) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from prismoe import views
-    from prismoe.config.options import ImportOptions, read_options
-    from prismoe.importing import import_checkpoint
-
-    options = asdict(read_options(ImportOptions, job.overrides))
-    domains = options.pop("domains")
-    source, out = _source_and_out(job, "a checkpoint of model_type llama_moe")
-    with job.screen.progress() as on_progress:
-        receipt = import_checkpoint(
-            source,
-            out=out,
-            domains=[domains] if isinstance(domains, str) and domains else domains,
-            seed=job.flags.seed or 0,
-            offline=job.flags.offline,
-            force=job.flags.force,
-            dry_run=job.flags.dry_run,
-            on_progress=on_progress,
-            **options,
-        ).to_dict()
-    views.view(job.screen, "import", receipt)
-    return receipt
-
-
-def _source_and_out(job: Job, what: str) -> tuple[str, str]:
-    if job.subject is None:
-        raise UsageError("nothing to read", where=job.verb, needed=what)
-    if job.flags.out is None:
-        raise UsageError("out is not set", where=job.verb, needed="--out FOLDER")
-    return job.subject, job.flags.out
-
-
-def _doctor(job: Job) -> dict[str, Any]:
-    from prismoe.doctor import doctor
-
-    picture = doctor()
-    for name, facts in picture.sections.items():
-        job.screen.title(name)
-        job.screen.pairs(facts)
-    for warning in picture.warnings:
-        job.screen.warning(warning)
-    return picture.to_dict()
-
-
-def _demo(job: Job) -> dict[str, Any]:
-    from prismoe.demo import demo
-
-    out, seed = job.flags.out or "runs/demo", job.flags.seed
-    overrides = job.overrides if seed is None else (*job.overrides, f"seed={seed}")
-    return demo(job.screen, out=out, overrides=overrides, dry_run=job.flags.dry_run, force=job.flags.force)
 
 
 @dataclass(frozen=True)
@@ -220,20 +31,20 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "plan": Verb(_plan, "decide which neurons become which expert, and what would come out", ("plan", "convert")),
-    "convert": Verb(_stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
-    "verify": Verb(_verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
-    "prepare": Verb(_stages, "turn the text of each domain into tokens", ("data",)),
-    "calibrate": Verb(_stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
-    "pretrain": Verb(_stages, "train the mixture on the weighted domains", ("pretrain", "data")),
-    "eval": Verb(_stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
-    "report": Verb(_stages, "write the run's report.html"),
-    "run": Verb(_stages, "all of the above into one run folder, finished stages kept", ("plan", "convert", "data")),
-    "import": Verb(_import, "a LLaMA-MoE checkpoint as a stock mixture, its routers fitted", options="ImportOptions"),
-    "densify": Verb(_densify, "lay the experts of a mixture together again: a dense model", options="DensifyOptions"),
-    "show": Verb(_show, "describe a run, a model, a plan, a domain or a config"),
-    "doctor": Verb(_doctor, "a paste-ready picture of the machine and the versions"),
-    "demo": Verb(_demo, "the whole way on an embedded model and text, without network"),
+    "plan": Verb(stages.plan, "decide which neurons become which expert, and what would come out", ("plan", "convert")),
+    "convert": Verb(stages.stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
+    "verify": Verb(stages.verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
+    "prepare": Verb(stages.stages, "turn the text of each domain into tokens", ("data",)),
+    "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
+    "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),
+    "eval": Verb(stages.stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
+    "report": Verb(stages.stages, "write the run's report.html"),
+    "run": Verb(stages.stages, "all of these into one run folder, finished stages kept", ("plan", "convert", "data")),
+    "import": Verb(folders.import_, "a LLaMA-MoE checkpoint as a stock mixture", options="ImportOptions"),
+    "densify": Verb(folders.densify, "lay the experts together again: a dense model", options="DensifyOptions"),
+    "show": Verb(show.show, "describe a run, a model, a plan, a domain or a config"),
+    "doctor": Verb(machine.doctor, "a paste-ready picture of the machine and the versions"),
+    "demo": Verb(machine.demo, "the whole way on an embedded model and text, without network"),
 }
 
 

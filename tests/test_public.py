@@ -25,7 +25,7 @@ FLOORS = (
     *("convert", "densify", "verify"),
     *("data", "train", "calibrate", "evaluate", "generate", "importing"),
     *("config", "console", "doctor", "state", "views", "report"),
-    *("run", "show", "demo", "cli", "__main__"),
+    *("run", "show", "demo", "verbs", "cli", "__main__"),
 )
 # Files that work on bytes and headers alone: a machine without torch converts. Clustering may borrow its products.
 WITHOUT_TORCH = {*FLOORS[: FLOORS.index("verify")], "data", "config", "console", "state", "views", "cli"} - {"balance"}
