@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from prismoe.errors import InputError, ResourceError
 from prismoe.folder import Manifest, fsync_folder, hash_files, write_json_atomic
+from prismoe.train.routers import Policy
 
 __all__ = ["latest", "prune", "restore", "save"]
 
@@ -28,7 +29,13 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def save(
-    folder: Path, *, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    *,
+    step: int,
+    model: torch.nn.Module,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
 ) -> Path:
     """Write checkpoint `step` under `folder`; `state` is JSON and comes back from `restore`. Kept if already there.
 
@@ -42,7 +49,7 @@ def save(
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         path = target / "state.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in _tensors(model, optimizer)}, path)
+        save_file({name: tensor.contiguous() for name, tensor in _tensors(model, policy, optimizer)}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
@@ -71,8 +78,8 @@ def prune(folder: Path, *, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def restore(path: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights and optimizer state of checkpoint `path` into `model` and `optimizer`; returns `state`.
+def restore(path: Path, *, model: torch.nn.Module, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, router policy and optimizer state of checkpoint `path` back in place; returns `state`.
 
     Raises:
         InputError: a file is damaged, or does not fit the model.
@@ -80,13 +87,13 @@ def restore(path: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimi
     manifest = Manifest.read(path)
     assert manifest is not None, "restore is given complete checkpoints"
     manifest.check(path)
-    for parameter in model.parameters():
+    for parameter in [*model.parameters(), *policy.parameters().values()]:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.empty_like(parameter),
             "exp_avg_sq": torch.empty_like(parameter),
         }
-    wanted = dict(_tensors(model, optimizer))
+    wanted = dict(_tensors(model, policy, optimizer))
     with safe_open(path / "state.safetensors", framework="pt") as file, torch.no_grad():
         if different := sorted(set(file.keys()) ^ set(wanted)):
             raise InputError(f"{different[0]} is in only one of them", where=str(path), needed="the model's tensors")
@@ -101,13 +108,19 @@ def _complete(folder: Path) -> list[Path]:
     return sorted((path for path in found if Manifest.read(path) is not None), key=lambda path: int(path.name[5:]))
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    model: torch.nn.Module, policy: Policy, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that training changes, by name; a tied weight counts once. Views, not copies."""
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield f"model.{name}", buffer
-    for name, parameter in model.named_parameters():
-        yield f"model.{name}", parameter.detach()
+    for name, tensor in policy.state().items():
+        yield f"policy.{name}", tensor
+    trained = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    trained |= {f"policy.{name}": parameter for name, parameter in policy.parameters().items()}
+    for name, parameter in trained.items():
+        yield name, parameter.detach()
         for moment in _MOMENTS:
-            yield f"{moment}.{name}", optimizer.state[parameter][moment]
+            yield f"{moment}.{name.removeprefix('model.')}", optimizer.state[parameter][moment]

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from prismoe.data.mixture import Batch, Mixture
+from prismoe.data.rules import Mixing
 from prismoe.data.shards import heldout_windows
 from prismoe.errors import InterruptedRun, NumericalError
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
 from prismoe.train.metrics import MetricsLog
-from prismoe.train.routers import Router, attach_policy
+from prismoe.train.routers import Moment, Policy, Router, attach_policy
 from prismoe.train.routing import GradientGuard, LoadMeter, watch
 from prismoe.train.schedule import learning_rate
 from prismoe.train.scoring import score_text, token_losses
@@ -79,6 +80,7 @@ class _Run:
     config: PretrainConfig
     mixture: Mixture
     routers: list[Router]
+    policy: Policy
     optimizer: torch.optim.Optimizer
     log: MetricsLog
     stop: StopRequest
@@ -86,9 +88,8 @@ class _Run:
     parameters: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = list(self.model.parameters())
+        self.parameters = [*self.model.parameters(), *self.policy.parameters().values()]
         self.guard = GradientGuard(self.routers, patience=min(3, self.config.steps))
-        self.policy = attach_policy(self.config.router, self.routers, arguments=self.config.arguments)
 
     def step(self, step: int) -> dict[str, Any]:
         """One update from the batch of `step`; returns its line for the log."""
@@ -110,13 +111,14 @@ class _Run:
         }
         if self.routers:
             line["router_loss"] = router_loss
-            line |= meter.summary()
+            line |= {**meter.summary(), **self.policy.metrics()}
         router_norms = self.guard.norms()
         whole = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip))
         if not math.isfinite(whole):
             raise _not_finite(f"gradient norm is {whole}", step)
         self.guard.check(router_norms, whole=whole, step=step + 1)
         self.optimizer.step()
+        self.policy.after_step()
         self.optimizer.zero_grad(set_to_none=True)
         line["gradient_norm"] = whole
         if self.routers:
@@ -127,11 +129,16 @@ class _Run:
         inputs_BT, labels_BT = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
         size = self.config.micro_batch_size or len(inputs_BT)
         num_tokens = int((labels_BT[:, 1:] != -100).sum())
+        positions_BT = None if batch.position_ids is None else torch.from_numpy(batch.position_ids)
         parts, router_total = [], 0.0
         for start in range(0, len(inputs_BT), size):
             labels = labels_BT[start : start + size]
+            numbers_T = torch.arange(start * inputs_BT.shape[1], (start + len(labels)) * inputs_BT.shape[1])
+            self.policy.begin(Moment(self.config.seed, step, numbers_T, inputs_BT.numel()))
             with _autocast(self.config.precision):
-                logits_BTV = self.model(input_ids=inputs_BT[start : start + size], use_cache=False).logits
+                positions = None if positions_BT is None else positions_BT[start : start + size]
+                inputs = inputs_BT[start : start + size]
+                logits_BTV = self.model(input_ids=inputs, position_ids=positions, use_cache=False).logits
             loss_BT = token_losses(logits_BTV, labels)
             loss = loss_BT.sum() / num_tokens
             if self.routers:
@@ -175,12 +182,14 @@ def train(
     model: Any,
     config: PretrainConfig,
     *,
-    mixture: Mixture,
+    mixing: Mixing,
     out: Path,
     stop: StopRequest,
     on_progress: Progress,
 ) -> Finished:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint under `out`.
+
+    Batches come from the mixture of `mixing`, whose weights it moves where it is due.
 
     Writes `metrics.jsonl` and `checkpoints/` in `out`.
 
@@ -188,32 +197,39 @@ def train(
         InterruptedRun: `stop` was requested; the state is saved.
         NumericalError: a loss, gradient or router gradient that cannot be; no weight was changed by that step.
     """
-    folder = out / "checkpoints"
-    optimizer = _optimizer(model, config)
-    state: dict[str, Any] = {"step": 0, "log": 0, "evaluated": False}
-    found = checkpoints.latest(folder)
-    if found is not None:
-        state = checkpoints.restore(found, model=model, optimizer=optimizer)
-        mixture.restore(state["history"])
-    first, evaluated = int(state["step"]), bool(state["evaluated"])
-    log = MetricsLog(out / "metrics.jsonl", position=int(state["log"]))
-    model.train()
-    started = time.monotonic()
+    folder, mixture = out / "checkpoints", mixing.mixture
+    log = None
     try:
         with watch(model) as routers:
-            run = _Run(model, config, mixture, routers, optimizer, log, stop, on_progress)
+            policy = attach_policy(config.router, routers, arguments=config.arguments)
+            optimizer = _optimizer([*model.parameters(), *policy.parameters().values()], config)
+            state: dict[str, Any] = {"step": 0, "log": 0, "evaluated": False}
+            found = checkpoints.latest(folder)
+            if found is not None:
+                state = checkpoints.restore(found, model=model, policy=policy, optimizer=optimizer)
+                mixture.restore(state["history"])
+            first, evaluated = int(state["step"]), bool(state["evaluated"])
+            log = MetricsLog(out / "metrics.jsonl", position=int(state["log"]))
+            model.train()
+            started = time.monotonic()
+            run = _Run(model, config, mixture, routers, policy, optimizer, log, stop, on_progress)
             for step in range(first, config.steps + 1):
                 due = step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0)
+                due = due or mixing.due(step)
                 if due and not (evaluated and step == first):
                     try:
-                        log.write(run.evaluate(step))
+                        line = run.evaluate(step)
+                        log.write(line)
+                        moved = mixing.update(step, {n: e["loss"] for n, e in line["heldout"].items()})
+                        if moved is not None:
+                            log.write(moved)
                     except _Stopped:
                         due = False
                 save = config.save_every and step % config.save_every == 0 and first < step < config.steps
                 if (save or stop.signal_name) and step > 0:
                     log.sync()
                     state = {"step": step, "log": log.position, "evaluated": bool(due), "history": mixture.history}
-                    checkpoints.save(folder, step=step, model=model, optimizer=optimizer, state=state)
+                    checkpoints.save(folder, step=step, model=model, policy=policy, optimizer=optimizer, state=state)
                     checkpoints.prune(folder, keep=config.keep)
                 if stop.signal_name:
                     raise InterruptedRun(
@@ -225,17 +241,18 @@ def train(
                     line = run.step(step)
                     log.write(line)
                     on_progress(f"train step: loss {line['loss']:.3f}", step + 1, config.steps)
-            run.policy.detach()
+            policy.detach()
             return Finished(first, config.steps - first, time.monotonic() - started, len(routers))
     finally:
-        log.sync()
-        log.close()
+        if log is not None:
+            log.sync()
+            log.close()
 
 
-def _optimizer(model: Any, config: PretrainConfig) -> torch.optim.AdamW:
+def _optimizer(parameters: list[torch.nn.Parameter], config: PretrainConfig) -> torch.optim.AdamW:
     """AdamW; vectors (norm gains, biases) do not decay, matrices (embeddings and routers among them) do."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

@@ -1,77 +1,230 @@
 """Router policies: what happens to the routers of a stock model while it trains, and nowhere else.
 
-The folder is the registry: `routers/NAME.py` defines `attach(routers, *, …) -> Policy`, and the keyword
-arguments of `attach` are the policy's schema. A policy never changes what is saved. No torch at import: a
-config file is checked without it.
+The folder is the registry: `routers/NAME.py` defines `attach(routers, all_reduce, *, …) -> Policy`, and the keyword
+arguments of `attach` are the policy's schema. A policy may change routing while the model is in training mode (in
+evaluation the stock router speaks), add a loss, and have parameters and state of its own; it never changes what is
+saved. Several policies work together when a list of names is given. No torch at import: a config file is checked
+without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prismoe import registry
+from prismoe.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Policy", "Router", "arguments_of", "attach_policy"]
+__all__ = ["AllReduce", "Moment", "Policy", "Routed", "Router", "arguments_of", "attach_policy", "identity"]
+
+_T = TypeVar("_T")
+
+AllReduce = Callable[[Any], Any]
+"""Tensor to tensor: its sum over all data-parallel ranks, the same on each; the backward pass sums gradients likewise.
+
+The trainer adds, on each rank, `loss()` times the rank's share of the step's tokens, and sums parameter gradients
+over ranks: then the gradient is that of one process.
+"""
+
+
+def identity(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over one process."""
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """What a policy may know of the micro-batch that comes: enough to draw the same numbers under any sharding.
+
+    `token_numbers_T` is the number of each of its tokens in the step's global batch (int64, row by row), `num_tokens`
+    the count of tokens of the whole step, over all ranks and micro-batches.
+    """
+
+    seed: int
+    step: int
+    token_numbers_T: torch.Tensor
+    num_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What a stock router returns: raw logits, the weights of the kept experts and their numbers."""
+
+    logits_TE: torch.Tensor
+    weights_TK: torch.Tensor
+    chosen_TK: torch.Tensor
 
 
 @dataclass(eq=False)
 class Router:
     """One stock router while it is watched: what it said in the latest forward pass.
 
-    `logits_TE` are the raw logits with their graph, `chosen_TK` the experts that were used.
+    `logits_TE` are the stock router's raw logits with their graph; `chosen_TK` and `weights_TK` are what the experts
+    got. `changes` are called in order, in training mode only: (router, hidden states [T, D], routed) -> routed.
     """
 
     name: str
     module: torch.nn.Module
     num_experts: int
     top_k: int
-    _logits: torch.Tensor | None = None
-    _chosen: torch.Tensor | None = None
+    changes: list[Callable[[Router, torch.Tensor, Routed], Routed]] = field(default_factory=list)
+    _latest: Routed | None = None
 
     @property
     def logits_TE(self) -> torch.Tensor:
-        assert self._logits is not None, f"{self.name} has not been run"
-        return self._logits
+        return self._routed.logits_TE
 
     @property
     def chosen_TK(self) -> torch.Tensor:
-        assert self._chosen is not None, f"{self.name} has not been run"
-        return self._chosen
+        return self._routed.chosen_TK
 
-    def keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    @property
+    def weights_TK(self) -> torch.Tensor:
+        return self._routed.weights_TK
+
+    @property
+    def _routed(self) -> Routed:
+        assert self._latest is not None, f"{self.name} has not been run"
+        return self._latest
+
+    def keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         """A forward hook: stock routers return (logits, weights, chosen experts)."""
-        self._logits, _, self._chosen = output
+        self._latest = Routed(*output)
+        if not (module.training and self.changes):
+            return None
+        hidden_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
+        for change in self.changes:
+            self._latest = change(self, hidden_TD, self._latest)
+        return self._latest.logits_TE, self._latest.weights_TK, self._latest.chosen_TK
 
     def forget(self) -> None:
         """Drop the latest forward pass, so that its graph can be freed."""
-        self._logits = self._chosen = None
+        self._latest = None
 
 
-class Policy(Protocol):
-    """A policy at work. `loss` is differentiable and speaks of the latest forward pass."""
+class Policy:
+    """A policy at work on the routers of one model. On its own it does nothing.
 
-    def loss(self) -> torch.Tensor: ...
+    Called in this order: for each micro-batch `begin`, the model's forward pass, `loss`, `metrics`; after the optimizer
+    step `after_step`; at the end of the run `detach`.
+    """
+
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self.routers = routers
+
+    def begin(self, moment: Moment) -> None:
+        """Say which micro-batch comes next."""
+
+    def loss(self) -> torch.Tensor:
+        """What is added to the mean loss a token: a scalar, already weighted, of the latest forward pass.
+
+        Balance losses are ratios of sums over all ranks, so that it is the same on each.
+        """
+        import torch
+
+        return torch.zeros((), device=self.routers[0].logits_TE.device if self.routers else None)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the latest micro-batch for the log."""
+        return {}
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """What trains with the model and belongs to the training state, never to the model folder."""
+        return {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What else belongs to the training state: tensors that are filled in place when a run is resumed."""
+        return {}
+
+    def after_step(self) -> None:
+        """The optimizer has made its step."""
 
     def detach(self) -> None:
         """Undo whatever `attach` put on the model."""
+        for router in self.routers:
+            router.changes.clear()
 
 
-def arguments_of(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+class _Together(Policy):
+    """Several policies as one; names of parameters, state and metrics begin with the policy's."""
+
+    def __init__(self, routers: Sequence[Router], policies: Mapping[str, Policy]) -> None:
+        super().__init__(routers)
+        self._policies = policies
+
+    def begin(self, moment: Moment) -> None:
+        for policy in self._policies.values():
+            policy.begin(moment)
+
+    def loss(self) -> torch.Tensor:
+        import torch
+
+        return torch.stack([policy.loss() for policy in self._policies.values()]).sum()
+
+    def metrics(self) -> dict[str, float]:
+        return self._all(lambda policy: policy.metrics())
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self._all(lambda policy: policy.parameters())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self._all(lambda policy: policy.state())
+
+    def after_step(self) -> None:
+        for policy in self._policies.values():
+            policy.after_step()
+
+    def detach(self) -> None:
+        for policy in self._policies.values():
+            policy.detach()
+
+    def _all(self, read: Callable[[Policy], dict[str, _T]]) -> dict[str, _T]:
+        return {f"{name}.{key}": value for name, one in self._policies.items() for key, value in read(one).items()}
+
+
+def arguments_of(name: str | Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`arguments` of policy `name`, checked and completed with its defaults.
+
+    For a list of names, `arguments` holds a mapping for each name that needs any.
 
     Raises:
         UsageError: unknown policy, unknown arguments, or values of the wrong type.
     """
-    attach = registry.load(__name__, name, where="pretrain.router").attach
-    return registry.arguments(attach, arguments, where=f"pretrain.router {name}")
+    if isinstance(name, str):
+        attach = registry.load(__name__, name, where="pretrain.router").attach
+        return registry.arguments(attach, arguments, where=f"pretrain.router {name}")
+    if len(set(name)) < len(name) or not name:
+        raise UsageError(f"{list(name)}", where="pretrain.router", needed="one or more different policies")
+    if left := sorted(arguments.keys() - set(name)):
+        raise UsageError(
+            f"arguments for {left[0]!r}",
+            where="pretrain.router",
+            needed="one of " + ", ".join(name),
+            hint="with several policies, each one's arguments are a mapping under its name",
+        )
+    return {one: arguments_of(one, arguments.get(one, {})) for one in name}
 
 
-def attach_policy(name: str, routers: Sequence[Router], *, arguments: Mapping[str, Any]) -> Policy:
-    """Put policy `name` on the routers of a model; `arguments` as completed by `arguments_of`."""
-    policy: Policy = registry.load(__name__, name, where="pretrain.router").attach(routers, **arguments)
-    return policy
+def attach_policy(
+    name: str | Sequence[str],
+    routers: Sequence[Router],
+    *,
+    arguments: Mapping[str, Any],
+    all_reduce: AllReduce = identity,
+) -> Policy:
+    """Put policy `name`, or several in that order, on the routers of a model.
+
+    `arguments` as completed by `arguments_of`; `all_reduce` sums over data-parallel ranks.
+    """
+    if isinstance(name, str):
+        module = registry.load(__name__, name, where="pretrain.router")
+        policy: Policy = module.attach(routers, all_reduce, **arguments)
+        return policy
+    return _Together(
+        routers,
+        {one: attach_policy(one, routers, arguments=arguments[one], all_reduce=all_reduce) for one in name},
+    )
