@@ -264,7 +264,7 @@ def test_bad_sources(tmp_path: Path, tokenizer: Path) -> None:
     fails(
         {"d": DomainSource((f"{tmp_path}/x.csv",))},
         InputError,
-        f"{tmp_path}/x.csv: not a kind of file that is read; needed .jsonl .jsonl.zst .jsonl.gz .txt",
+        f"{tmp_path}/x.csv: not a kind of file that is read; needed .jsonl .jsonl.zst .jsonl.gz .parquet .txt",
     )
     fails(
         {"d": DomainSource((good,), (good,))},

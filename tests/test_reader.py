@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from prismoe.data import reader
+from prismoe.data import blocks
 from prismoe.data.reader import read_documents
 from prismoe.errors import InputError
 from tests.text import TEXTS, jsonl
@@ -49,7 +49,7 @@ def test_a_named_field_is_the_one_that_is_read(tmp_path: Path) -> None:
 def test_line_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = jsonl(tmp_path / "a.jsonl", TEXTS * 3)
     for size in (1, 2, 7, 64):
-        monkeypatch.setattr(reader, "_READ", size)
+        monkeypatch.setattr(blocks, "_READ", size)
         assert [document.text for document in read_documents(path)] == TEXTS * 3
 
 

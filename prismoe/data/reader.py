@@ -1,4 +1,5 @@
-"""Documents out of text files: `.jsonl`, `.jsonl.zst`, `.jsonl.gz` (one JSON object a line) and `.txt` (one document).
+"""Documents out of text files: `.jsonl`, `.jsonl.zst`, `.jsonl.gz` (one JSON object a line), `.parquet` (one row each)
+and `.txt` (one document).
 
 Files stream through in small blocks: memory holds one line, whatever the size of the file.
 """
@@ -6,190 +7,242 @@ Files stream through in small blocks: memory holds one line, whatever the size o
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import zstandard
-
+from prismoe.data.blocks import MAX_DOCUMENT, read_blocks, read_lines
 from prismoe.errors import InputError
 
-__all__ = ["SUFFIXES", "Document", "read_documents"]
+_quick_loads: Callable[[bytes], Any] = json.loads
+with suppress(ImportError):  # an extra: several times faster; what it refuses is read again by json
+    from orjson import loads as _quick_loads
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt")
+__all__ = ["SUFFIXES", "BadDocument", "Document", "read_documents"]
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 AUTO_FIELDS = ("content", "text")
-# A tokenizer needs some 50 bytes per character of one document, so a longer one would exhaust memory later.
-MAX_DOCUMENT = 64 << 20
-# Text compresses 3 to 20 times; what expands further than this after the first block is a bomb, not text.
-MAX_RATIO, RATIO_FREE = 200, 64 << 20
-_READ = 1 << 16
-# One compressed block can hold 128 KiB in 4 bytes: small bites bound what a single call can give.
-_READ_ZSTD = 1 << 12
+_BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """One document: `num_bytes` of UTF-8, `where` is file:line, `position` bytes of the file read by then."""
+    """One document.
+
+    `num_bytes` of UTF-8; `where` is file:line (file:row of a table); `position` bytes of the file read by then;
+    `number` counts the file's records from 0 (blank lines are none; bad and unselected documents are) and is, with the
+    file, the document's identity; `labels` are the values of the fields that were asked for.
+    """
 
     text: str
     num_bytes: int
     where: str
     position: int
+    number: int
+    labels: tuple[str, ...] = ()
 
 
-def read_documents(path: Path, *, field: str = "auto") -> Iterator[Document]:
+class BadDocument(InputError):
+    """One document that cannot be read, in a file that can. `reason` is one of a few words, to count by."""
+
+    def __init__(self, found: str, *, reason: str, where: str, needed: str = "", hint: str = "") -> None:
+        super().__init__(found, where=where, needed=needed, hint=hint)
+        self.reason = reason
+        self.number = -1  # set by the reader, which counts
+
+
+def read_documents(
+    path: Path,
+    *,
+    field: str = "auto",
+    select: Mapping[str, Sequence[str]] | None = None,
+    labels: Sequence[str] = (),
+    start: int = 0,
+    on_bad: Callable[[BadDocument], None] | None = None,
+) -> Iterator[Document]:
     """Every document of `path`, in order; empty ones too. Blank lines are skipped, a byte order mark is dropped.
 
     Args:
         path: a file with one of `SUFFIXES`.
-        field: the key of the text in each JSON object; `auto` takes `content`, else `text`.
+        field: the key of the text in each JSON object or row, `a.b` for `b` within `a`; `auto` takes `content`, else
+            `text`. A `.txt` file has no fields.
+        select: only documents whose field (the key) has one of these values.
+        labels: fields whose values the documents carry.
+        start: the first document's `number`; those before are passed over without being looked into.
+        on_bad: called with each document that cannot be read, instead of raising it.
 
     Raises:
-        InputError: not readable, damaged, not UTF-8, invalid JSON, a missing field, a document over 64 MiB, a file that
-            expands more than 200-fold, or a file without documents. The message names file and line.
+        InputError: not readable, damaged, a file that expands more than 200-fold, or a file without documents.
+        BadDocument: not UTF-8, invalid JSON, a field that is missing or no text, half of a surrogate pair, or a
+            document over 64 MiB; the message names file and line.
     """
-    documents = _text_file(path) if path.suffix == ".txt" else _json_lines(path, field)
+    wanted = [(name, frozenset(values)) for name, values in (select or {}).items()]
+    fields = (*labels, *(name for name, _ in wanted))
     found = False
-    for document in documents:
+    for record in _records(Path(path), field, fields, start):
         found = True
-        yield document
+        if isinstance(record, BadDocument):
+            if on_bad is None:
+                raise record
+            on_bad(record)
+        elif isinstance(record, Document) and all(
+            value in values for value, (_, values) in zip(record.labels[len(labels) :], wanted, strict=True)
+        ):
+            yield record
     if not found:
         raise InputError("no documents in it", where=str(path))
 
 
-def _text_file(path: Path) -> Iterator[Document]:
-    data = bytearray()
-    for block, _ in _blocks(path):
-        data += block
-        _check_length(len(data), str(path))
-    text = _decode(bytes(data), str(path)).removeprefix("\ufeff")
-    if text:
-        yield Document(text=text, num_bytes=len(text.encode()), where=str(path), position=len(data))
+def _records(path: Path, field: str, fields: tuple[str, ...], start: int) -> Iterator[Document | BadDocument | None]:
+    """Documents and bad ones; None for one that was passed over."""
+    if path.suffix == ".parquet":
+        from prismoe.data.parquet import read_rows
 
-
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
-    for number, (line, position) in enumerate(_lines(path), start=1):
-        where = f"{path}:{number}"
-        text = _decode(line, where)
-        if number == 1:
-            text = text.removeprefix("\ufeff")
-        if not text.strip():
+        rows = read_rows(path, field=field, labels=fields, start=start)
+    else:
+        rows = _text_file(path) if path.suffix == ".txt" else _json_lines(path)
+    for number, (value, where, position) in enumerate(rows):
+        if number < start:
+            yield None
             continue
-        content = _content(text, field, where)
         try:
-            num_bytes = len(content.encode())
-        except UnicodeEncodeError as error:
-            raise InputError("half of a surrogate pair, which is no character", where=where) from error
-        yield Document(text=content, num_bytes=num_bytes, where=where, position=position)
+            if isinstance(value, BadDocument):
+                raise value
+            text, labels = value if isinstance(value, tuple) else _content(value, field, fields, where, number == 0)
+            yield Document(text, _num_bytes(text, where), where, position, number, labels)
+        except BadDocument as error:
+            error.number = number
+            yield error
 
 
-def _content(line: str, field: str, where: str) -> str:
+Row = tuple[bytes | tuple[str, tuple[str, ...]] | BadDocument, str, int]
+"""What a file gives for one record: bytes of JSON, or (text, labels), or what is wrong; file:line; position."""
+
+
+def _text_file(path: Path) -> Iterator[Row]:
+    data, position = bytearray(), 0
+    for block, position in read_blocks(path):
+        data += block
+        if len(data) > MAX_DOCUMENT:
+            yield too_long(str(path)), str(path), position
+            return
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"invalid JSON ({error.msg} at column {error.colno})", where=where) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"JSON that cannot be read ({type(error).__name__})", where=where) from error
+        text = decode(bytes(data.removeprefix(_BOM)), str(path))
+    except BadDocument as error:
+        yield error, str(path), position
+        return
+    if text:
+        yield (text, ()), str(path), position
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for line_number, (line, position) in enumerate(read_lines(path), start=1):
+        where = f"{path}:{line_number}"
+        if line is None:
+            yield too_long(where), where, position
+        elif line and not line.isspace():
+            yield line, where, position
+
+
+def _content(line: bytes, field: str, fields: tuple[str, ...], where: str, first: bool) -> tuple[str, tuple[str, ...]]:
+    line = line.removeprefix(_BOM) if first else line
+    try:
+        row = _quick_loads(line)
+    except (ValueError, RecursionError):
+        row = _careful_loads(line, where)
     if not isinstance(row, dict):
-        raise InputError(f"a JSON {type(row).__name__}", where=where, needed="one JSON object a line")
-    if field == "auto":
-        field = next((name for name in AUTO_FIELDS if name in row), " or ".join(AUTO_FIELDS))
-    if field not in row:
-        keys = ", ".join(sorted(row)[:8]) or "none"
-        raise InputError(f"no field {field} (fields: {keys})", where=where, hint="name the field that holds the text")
-    if not isinstance(row[field], str):
-        raise InputError(f"field {field} is a {type(row[field]).__name__}", where=where, needed="a string")
-    content: str = row[field]
-    return content
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    parts: list[bytes] = []
-    length = number = position = 0
-    for block, position in _blocks(path):
-        *whole, rest = block.split(b"\n")
-        for end in whole:
-            number += 1
-            _check_length(length + len(end), f"{path}:{number}")
-            yield b"".join([*parts, end]), position
-            parts, length = [], 0
-        if rest:
-            parts.append(rest)
-            length += len(rest)
-            _check_length(length, f"{path}:{number + 1}")
-    if parts:
-        yield b"".join(parts), position
-
-
-def _check_length(length: int, where: str) -> None:
-    if length > MAX_DOCUMENT:
-        raise InputError(
-            f"a document over {MAX_DOCUMENT >> 20} MiB", where=where, hint="cut it into parts, for instance chapters"
+        raise BadDocument(
+            f"a JSON {type(row).__name__}", reason="not an object", where=where, needed="one JSON object a line"
         )
+    text = row.get(field) if field != "auto" else row.get("content", row.get("text"))
+    if not isinstance(text, str):
+        name = next((name for name in AUTO_FIELDS if name in row), field) if field == "auto" else field
+        text = as_text(look_up(row, name, where, hint="name the field that holds the text"), name, where)
+    return text, tuple(as_label(look_up(row, name, where), name, where) for name in fields)
 
 
-def _decode(data: bytes, where: str) -> str:
+def as_text(value: Any, field: str, where: str) -> str:
+    """A field's value where text must be."""
+    if not isinstance(value, str):
+        name = "of the text" if field == "auto" else field
+        raise BadDocument(
+            f"field {name} is a {type(value).__name__}", reason="not text", where=where, needed="a string"
+        )
+    return value
+
+
+def as_label(value: Any, name: str, where: str) -> str:
+    """A field's value as text to select by."""
+    if not isinstance(value, str | int):
+        raise BadDocument(f"field {name} is a {type(value).__name__}", reason="not a label", where=where)
+    return str(value)
+
+
+def _careful_loads(line: bytes, where: str) -> Any:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
-            where=where,
-            hint="convert with iconv",
+        return json.loads(decode(line, where))
+    except json.JSONDecodeError as error:
+        raise BadDocument(
+            f"invalid JSON ({error.msg} at column {error.colno})", reason="invalid JSON", where=where
+        ) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, BadDocument):
+            raise
+        raise BadDocument(
+            f"JSON that cannot be read ({type(error).__name__})", reason="invalid JSON", where=where
         ) from error
 
 
-class _Decompressor(Protocol):
-    """What zlib's and zstandard's objects have in common."""
+def look_up(row: dict[str, Any], field: str, where: str, *, hint: str = "") -> Any:
+    """The value of a field: of the very name, or of a path `a.b` into objects."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            keys = ", ".join(sorted(row)[:8]) or "none"
+            named = " or ".join(AUTO_FIELDS) if field == "auto" else field
+            raise BadDocument(
+                f"no field {named} (fields: {keys})",
+                reason="missing field",
+                where=where,
+                hint=hint,
+            )
+        value = value[name]
+    return value
 
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes) -> bytes: ...
 
-
-def _blocks(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(text bytes, compressed bytes read so far) of a file, decompressed by its suffix."""
-    makers: dict[str, Callable[[], Any]] = {
-        ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj(),
-        ".gz": lambda: zlib.decompressobj(wbits=31),
-    }
+def _num_bytes(text: str, where: str) -> int:
+    if text.isascii():
+        return len(text)
     try:
-        if path.suffix in makers:
-            yield from _decompressed(path, makers[path.suffix])
-            return
-        position = 0
-        with path.open("rb") as file:
-            while block := file.read(_READ):
-                position += len(block)
-                yield block, position
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise InputError(f"damaged compressed file ({error})", where=str(path)) from error
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BadDocument(
+            "half of a surrogate pair, which is no character", reason="not a character", where=where
+        ) from error
 
 
-def _decompressed(path: Path, make: Callable[[], _Decompressor]) -> Iterator[tuple[bytes, int]]:
-    position = produced = 0
-    current: _Decompressor | None = None
-    with path.open("rb") as file:
-        while data := file.read(_READ_ZSTD):
-            position += len(data)
-            while data:
-                current = current or make()
-                block = current.decompress(data)
-                data = current.unused_data if current.eof else b""
-                current = None if current.eof else current
-                produced += len(block)
-                if produced > max(RATIO_FREE, MAX_RATIO * position):
-                    raise InputError(
-                        f"expands more than {MAX_RATIO}-fold",
-                        where=str(path),
-                        hint="decompress it yourself if it is text",
-                    )
-                yield block, position
-    if current is not None:
-        raise InputError("compressed file ends in the middle", where=str(path), hint="copy or download it again")
+def too_long(where: str) -> BadDocument:
+    """The complaint about a document that no tokenizer could hold."""
+    return BadDocument(
+        f"a document over {MAX_DOCUMENT >> 20} MiB",
+        reason="too long",
+        where=where,
+        hint="cut it into parts, for instance chapters",
+    )
+
+
+def decode(data: bytes, where: str) -> str:
+    """Text of UTF-8, or a `BadDocument` with the offset of the first wrong byte."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocument(
+            f"not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})",
+            reason="not UTF-8",
+            where=where,
+            hint="convert with iconv",
+        ) from error
