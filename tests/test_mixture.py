@@ -308,5 +308,5 @@ def test_rules_are_the_files_of_the_folder() -> None:
     weights = {"a": 0.25, "b": 0.75}
     rule = registry.load("prismoe.data.rules", "static", where="rule")
     assert rule.update(weights, {"a": 9.0, "b": 1.0}, {"a": 1.0, "b": 1.0}) == weights
-    with pytest.raises(UsageError, match="rule: unknown 'statik'; needed one of static"):
+    with pytest.raises(UsageError, match="rule: unknown 'statik'; needed one of doremi, sheared, static"):
         registry.load("prismoe.data.rules", "statik", where="rule")

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +41,14 @@ class Batch:
     """One step of one rank.
 
     `labels` stand at the position of their token, as stock `transformers` models take them (the model shifts by
-    one), and are -100 where nothing is to be learned. `domain_ids` index `Mixture.names`.
+    one), and are -100 where nothing is to be learned. `domain_ids` index `Mixture.names`. `position_ids` count from 0
+    anew at each document where attention is to stay within documents (`attend="document"`), else they are None.
     """
 
     input_ids: IdArray  # [B, T]
     labels: IdArray  # [B, T]
     domain_ids: IdArray  # [B]
+    position_ids: IdArray | None = None  # [B, T]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Mixture:
         batch_size: sequences per step over all ranks.
         seed: of the order; two seeds share no order.
         max_epochs: more passes over a domain than this are refused.
+        attend: "sequence" packs documents end to end, and a token sees all that stands before it. "document" gives
+            `position_ids` that begin anew with each document: stock `transformers` models, given these and no
+            `attention_mask`, then attend within documents only. A document's first token has no label: what would
+            predict it belongs to the document before.
 
     Raises:
         UsageError: weights that do not sum to 1, are negative or do not name exactly the domains; sizes below 1.
@@ -90,6 +96,7 @@ class Mixture:
         batch_size: int,
         seed: int = 0,
         max_epochs: float = 4.0,
+        attend: Literal["sequence", "document"] = "sequence",
     ) -> None:
         self.domains = tuple(sorted(domains, key=lambda domain: domain.name))
         self.names = tuple(domain.name for domain in self.domains)
@@ -100,6 +107,9 @@ class Mixture:
         self._tokens = [
             domain.tokens("train").view(np.ndarray) for domain in self.domains
         ]  # a plain view slices faster
+        self._ends = (
+            None if attend == "sequence" else [domain.ends("train")[:, 0].view(np.ndarray) for domain in self.domains]
+        )
         self._num_windows = np.array([-(-domain.num_tokens // seq_len) for domain in self.domains], np.int64)
         self._offset = int(round_keys("offset", seed)[0]) % _UNIT
         self._keys: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
@@ -266,17 +276,28 @@ class Mixture:
 
     def _read(self, domain_ids: IdArray, windows: IdArray) -> Batch:
         input_ids = np.empty((len(windows), self.seq_len), np.int64)
-        repeated = []  # ids at the front that the window before has already given
+        masked = []  # rows with ids at the front that the window before has already given
+        begins = []
         for row, (g, window) in enumerate(zip(domain_ids.tolist(), windows.tolist(), strict=True)):
-            tokens = self._tokens[g]
             start = window * self.seq_len
             begin = min(start, self.domains[g].num_tokens - self.seq_len)
-            input_ids[row] = tokens[begin : begin + self.seq_len]
-            repeated.append(start - begin)
+            input_ids[row] = self._tokens[g][begin : begin + self.seq_len]
+            begins.append(begin)
+            if begin < start:
+                masked.append((row, start - begin))
         labels = input_ids.copy()
-        for row, count in enumerate(repeated):
+        for row, count in masked:
             labels[row, :count] = IGNORED
-        return Batch(input_ids=input_ids, labels=labels, domain_ids=domain_ids)
+        if self._ends is None:
+            return Batch(input_ids=input_ids, labels=labels, domain_ids=domain_ids)
+        position_ids = np.tile(np.arange(self.seq_len), (len(windows), 1))
+        for row, (g, begin) in enumerate(zip(domain_ids.tolist(), begins, strict=True)):
+            first, last = np.searchsorted(self._ends[g], [begin + 1, begin + self.seq_len])
+            starts = self._ends[g][first:last] - begin  # of the documents that begin inside the window
+            labels[row, starts] = IGNORED
+            lengths = np.diff(starts, prepend=0, append=self.seq_len)
+            position_ids[row] -= np.repeat(np.concatenate([[0], starts]), lengths)
+        return Batch(input_ids=input_ids, labels=labels, domain_ids=domain_ids, position_ids=position_ids)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from prismoe.data.shards import Domain
 from prismoe.errors import UsageError
 
-__all__ = ["PRESETS", "resolve_weights"]
+__all__ = ["PRESETS", "multiplied", "resolve_weights", "smoothed"]
 
 PRESETS: dict[str, dict[str, float]] = {
     "llama1": {
@@ -61,6 +61,21 @@ def resolve_weights(weights: Mapping[str, float] | str, domains: Sequence[Domain
     if abs(total - 1) > 1e-6:
         raise UsageError(f"weights that sum to {total:.6g}", where="weights", needed="1")
     return checked
+
+
+def multiplied(weights: Mapping[str, float], gain: Mapping[str, float]) -> dict[str, float]:
+    """`weights` · exp(`gain`), summing to 1, however large a gain is. A domain of weight 0 stays out."""
+    kept = {name: math.log(weight) + gain[name] for name, weight in weights.items() if weight > 0}
+    largest = max(kept.values())
+    raw = {name: math.exp(kept[name] - largest) if name in kept else 0.0 for name in weights}
+    total = math.fsum(raw.values())
+    return {name: value / total for name, value in raw.items()}
+
+
+def smoothed(weights: Mapping[str, float], *, share: float) -> dict[str, float]:
+    """(1 - share) · `weights` + share / n for each of the n domains whose weight is not 0."""
+    count = sum(weight > 0 for weight in weights.values())
+    return {name: (1 - share) * weight + share / count if weight > 0 else 0.0 for name, weight in weights.items()}
 
 
 def _named_weights(name: str, domains: Sequence[Domain]) -> Mapping[str, float]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.mixture import Mixture
+from prismoe.data.reference import resolve_reference
+from prismoe.data.rules import STATIC, Mixing
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import Manifest, claim, hash_files, sha256_file
@@ -29,15 +31,16 @@ from prismoe.train.settings import PretrainConfig
 __all__ = ["PretrainConfig", "Trained", "pretrain"]
 
 KIND, MODEL_KIND = "pretrain", "model"
-# They change when the state is saved and how fast it goes, never the result.
-_NOT_IN_KEY = ("save_every", "keep")
+# They change when the state is saved, how fast it goes and when a run is refused, never the result.
+_NOT_IN_KEY = ("save_every", "keep", "max_epochs")
 
 
 @dataclass(frozen=True)
 class Trained:
     """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after.
 
-    `mixture` is requested against achieved shares. `warnings` says what a person should look at: a balance loss that
+    `mixture` is requested against achieved shares, `weight_history` what the mixing `rule` made of the weights and
+    `weights` what it recommends for another run. `warnings` says what a person should look at: a balance loss that
     is off, experts without a token of held-out text. `resumed_from` counts the steps that an earlier command had done;
     `seconds` and `tokens_per_second` speak of this command and are None when nothing was left to do.
     """
@@ -51,6 +54,9 @@ class Trained:
     heldout_before: dict[str, float]
     heldout_after: dict[str, float]
     mixture: list[dict[str, Any]]
+    rule: str
+    weight_history: list[dict[str, Any]]
+    weights: dict[str, float]
     router: str | None
     router_gradient_norm: tuple[float, float] | None
     idle_experts: int | None
@@ -99,8 +105,10 @@ def pretrain(
         batch_size=config.batch_size,
         seed=config.seed,
         max_epochs=config.max_epochs,
+        attend=config.attend,
     )
     mixture.check(config.steps)
+    mixing, config = _mixing(config, mixture)
     if config.init == "source" and not checkpoint.has_weights:
         raise InputError(
             "no weights", where=str(checkpoint.folder), hint="pretrain.init=random trains from the config alone"
@@ -120,7 +128,7 @@ def pretrain(
         if done is not None:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
             return _receipt(out, done.config["result"], resumed_from=config.steps, seconds=None, steps_run=0)
-        result, finished = _train(checkpoint, config, mixture, out, settings, on_progress)
+        result, finished = _train(checkpoint, config, mixing, out, settings, on_progress)
         files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
         Manifest(kind=KIND, parents=parents, config={**settings, "result": result}, files=files, key=key).write(out)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -131,7 +139,7 @@ def pretrain(
 def _train(
     checkpoint: Checkpoint,
     config: PretrainConfig,
-    mixture: Mixture,
+    mixing: Mixing,
     out: Path,
     settings: dict[str, Any],
     on_progress: Progress,
@@ -147,7 +155,7 @@ def _train(
             _check_room(out, config, num_parameters=model.num_parameters(), vocab_size=model.config.vocab_size)
         else:
             model = load_model(checkpoint.folder)
-        finished = train(model, config, mixture=mixture, out=out, stop=stop, on_progress=on_progress)
+        finished = train(model, config, mixing=mixing, out=out, stop=stop, on_progress=on_progress)
         files = save_model(model, checkpoint, out / "model")
     model_files = hash_files(out / "model", files)
     Manifest(kind=MODEL_KIND, parents={"source": checkpoint.fingerprint}, config=settings, files=model_files).write(
@@ -165,11 +173,14 @@ def _train(
         "last_loss": steps[-1]["loss"],
         "heldout_before": {name: score["loss"] for name, score in evals[0]["heldout"].items()},
         "heldout_after": {name: score["loss"] for name, score in evals[-1]["heldout"].items()},
-        "mixture": [asdict(share) for share in mixture.report(config.steps)],
+        "mixture": [asdict(share) for share in mixing.mixture.report(config.steps)],
+        "rule": mixing.rule,
+        "weight_history": mixing.mixture.history,
+        "weights": mixing.result(),
         "router": config.router if finished.num_routers else None,
         "router_gradient_norm": [min(norms), max(norms)] if norms else None,
         "idle_experts": evals[-1].get("idle"),
-        "warnings": _warnings(config, finished.num_routers, evals[-1]),
+        "warnings": [*mixing.warnings, *_warnings(config, finished.num_routers, evals[-1])],
     }
     return result, (finished.resumed_from, finished.seconds, finished.steps_run)
 
@@ -189,6 +200,25 @@ def _warnings(config: PretrainConfig, num_routers: int, last: Mapping[str, Any])
         layers = [str(number) for number, load in enumerate(last["load"]) if 0 in load]
         found.append(f"{last['idle']} experts got no token of the held-out text (mixture layers {', '.join(layers)})")
     return found
+
+
+def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainConfig]:
+    """The rule at work, and the settings with what it compares with instead of the place where that was read."""
+    reference: dict[str, float] | None = None
+    warnings: list[str] = []
+    if config.reference is not None and config.mixing != STATIC:
+        reference, warnings = resolve_reference(
+            config.reference, mixture.domains, seq_len=config.seq_len, max_tokens=config.eval_tokens
+        )
+    mixing = Mixing(
+        mixture,
+        rule=config.mixing,
+        arguments=config.mixing_arguments,
+        reference=reference,
+        interval_tokens=config.mixing_every_tokens,
+        warnings=warnings,
+    )
+    return mixing, replace(config, mixing_arguments=mixing.arguments, reference=mixing.reference or None)
 
 
 def _check_room(out: Path, config: PretrainConfig, *, num_parameters: int, vocab_size: int) -> None:

@@ -28,6 +28,9 @@ class PretrainConfig:
     twice as fast for large products, slower for small experts; lower precision on others): it is tried once against
     float64 and refused when off by > 1e-5.
     `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own.
+    `mixing` is the rule that moves the domain weights (`prismoe.data.rules`) and `mixing_arguments` are its own; a
+    dynamic one looks at the held-out losses every `mixing_every_tokens` and compares them with `reference`, a file
+    of `reference_loss` or a loss for each domain. `attend` "document" keeps attention within documents.
     `eval_every` and `save_every` count steps (0: only at the ends); `eval_tokens` bounds the held-out tokens read
     per domain; `keep` is how many training checkpoints stay. A run that would
     read a domain more than `max_epochs` times is refused. `threads` 0 leaves the number to torch.
@@ -48,6 +51,11 @@ class PretrainConfig:
     fast_matmul: bool = False
     router: str = "switch"
     arguments: dict[str, Any] = field(default_factory=dict)
+    mixing: str = "static"
+    mixing_arguments: dict[str, str | float] | None = None
+    mixing_every_tokens: Positive = 2_500_000_000
+    reference: str | dict[str, float] | None = None
+    attend: Literal["sequence", "document"] = "sequence"
     eval_every: Count = 0
     eval_tokens: Annotated[int, Field(ge=2)] = 65_536
     save_every: Count = 0
