@@ -42,7 +42,9 @@ VERBS: dict[str, Verb] = {
     "run": Verb(stages.stages, "all of these into one run folder, finished stages kept", ("plan", "convert", "data")),
     "import": Verb(folders.import_, "a LLaMA-MoE checkpoint as a stock mixture", options="ImportOptions"),
     "densify": Verb(folders.densify, "lay the experts together again: a dense model", options="DensifyOptions"),
-    "show": Verb(show.show, "describe a run, a model, a plan, a domain or a config"),
+    "show": Verb(
+        show.show, "describe a run, a model, a plan (with a picture), a domain or a config", options="ShowOptions"
+    ),
     "doctor": Verb(machine.doctor, "a paste-ready picture of the machine and the versions"),
     "demo": Verb(machine.demo, "the whole way on an embedded model and text, without network"),
 }

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from prismoe.console import Screen, bytes_text, count_text
-from prismoe.errors import InputError
+from prismoe.errors import InputError, UsageError
 from prismoe.folder import Manifest
+from prismoe.progress import Progress, quiet
 from prismoe.state import STATE, read_state
 from prismoe.views import summary, view
 
@@ -21,12 +22,21 @@ __all__ = ["describe", "show", "show_comparison"]
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
 
 
-def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
+def describe(
+    subject: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    picture: str | Path | None = None,
+    draw: bool = False,
+    offline: bool = False,
+    on_progress: Progress = quiet,
+) -> dict[str, Any]:
     """The facts about a run folder, plan, domain, calibration, config, or model (folder or hub name), with its `kind`;
-    JSON-able.
+    JSON-able. `calibration`, `picture` and `draw` are for plans: see `describe_plan`.
 
     Raises:
         InputError: none of these, or damaged.
+        UsageError: `calibration` or `picture` for something else than a plan.
     """
     path = Path(subject)
     if path.suffix in (".yaml", ".yml") and path.is_file():
@@ -34,7 +44,11 @@ def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
 
         return {"kind": "config", "config": load_config(path).to_dict()}
     if path.is_file():
-        return _plan(path)
+        from prismoe.showplan import describe_plan
+
+        return describe_plan(path, calibration=calibration, picture=picture, draw=draw, on_progress=on_progress)
+    if calibration is not None or picture is not None:
+        raise UsageError("is not a plan file", where=str(path), needed="one, for calibration=FOLDER or --out PICTURE")
     if (path / STATE).is_file():
         state = read_state(path)
         stages = {name: {"seconds": record["seconds"], "receipt": record["receipt"]} for name, record in state.items()}
@@ -55,14 +69,6 @@ def describe(subject: str | Path, *, offline: bool = False) -> dict[str, Any]:
         found = f"a finished '{manifest.kind}' folder" if manifest else "nothing that prismoe knows"
         raise InputError(found, where=str(path), needed="a run folder, a model, a plan, a domain or a config")
     return _model(subject, manifest, offline=offline)
-
-
-def _plan(path: Path) -> dict[str, Any]:
-    from prismoe.plan import Plan, plan_shape
-
-    plan = Plan.load(path)
-    shape = plan_shape(plan)
-    return {"kind": "plan", **asdict(plan.origin), "shape": asdict(shape), "bytes": path.stat().st_size}
 
 
 def _model(subject: str | Path, manifest: Manifest | None, *, offline: bool) -> dict[str, Any]:
@@ -144,18 +150,9 @@ def _show_run(screen: Screen, found: dict[str, Any]) -> None:
 
 
 def _show_plan(screen: Screen, found: dict[str, Any]) -> None:
-    screen.title("plan")
-    screen.line(summary("plan", found))
-    arguments = ", ".join(f"{key}={value}" for key, value in found["arguments"].items())
-    dense = [layer for layer in range(found["shape"]["num_layers"]) if layer not in found["shape"]["moe_layers"]]
-    screen.pairs(
-        {
-            "arguments": arguments,
-            "layers that stay dense": ", ".join(map(str, dense)) or "none",
-            "made for": f"checkpoint {found['source'][:16]}",
-            "size": bytes_text(found["bytes"]),
-        }
-    )
+    from prismoe.showplan import show_plan
+
+    show_plan(screen, found)
 
 
 def _show_domain(screen: Screen, found: dict[str, Any]) -> None:

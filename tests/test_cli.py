@@ -145,7 +145,7 @@ def test_show_knows_what_it_looks_at(capsys: pytest.CaptureFixture[str], tmp_pat
     kinds = {
         "run": folder / "run",
         "model": folder / "run" / "moe",
-        "plan": folder / "run" / "plan.safetensors",
+        "plan": copy_of(tmp_path) / "plan.safetensors",  # its picture is drawn beside it
         "domain": folder / "run" / "data" / "code",
         "config": folder / "config.yaml",
     }

@@ -13,7 +13,7 @@ from prismoe.config.keys import type_text
 from prismoe.config.located import Located, read_override
 from prismoe.errors import UsageError
 
-__all__ = ["DensifyOptions", "ImportOptions", "option_lines", "read_options"]
+__all__ = ["DensifyOptions", "ImportOptions", "ShowOptions", "option_lines", "read_options"]
 
 Positive = Annotated[int, Field(ge=1)]
 Options = TypeVar("Options")
@@ -39,6 +39,13 @@ class ImportOptions:
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     pad_to: Positive = 32
     max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """See `prismoe.showplan`."""
+
+    calibration: str | None = None
 
 
 def read_options(cls: type[Options], overrides: Sequence[str]) -> Options:

@@ -23,7 +23,7 @@ from prismoe.views import summary
 
 __all__ = ["can_report", "write_report"]
 
-NAME = "report.html"
+NAME, PLAN = "report.html", "plan.safetensors"  # the page, and what it reads of the run besides receipts and log
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,21 @@ def _plan(receipts: Mapping[str, Any], folder: Path) -> Section:
             Table(["", "dense", counts["target"]], rows),
             Table(["target", "can hold it", "what stands in the way"], verdicts, left=(1, 2)),
         ],
+        _plan_figures(folder),
     )
+
+
+def _plan_figures(folder: Path) -> list[Figure]:
+    from prismoe.plan import Plan
+    from prismoe.plan.anatomy import calibration_beside, plan_anatomy
+    from prismoe.report.planpicture import panel_svgs
+
+    path = folder / PLAN
+    if not path.is_file():  # the receipt is enough for the rest of the page
+        return []
+    plan = Plan.load(path)
+    panels = panel_svgs(plan_anatomy(plan, calibration=calibration_beside(path, plan)[0]))
+    return [Figure(caption, _svg(f"plan-{index}", text)) for index, (caption, text) in enumerate(panels)]
 
 
 def _certificate(receipts: Mapping[str, Any], folder: Path) -> Section | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prismoe.report.style import COLOURS, MARKERS, new_figure, number_cells, styled, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,43 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["balance", "heldout_loss", "load", "norm_ratios", "scores", "training_loss"]
 
-# Okabe and Ito's eight, told apart with every common colour blindness; markers repeat the distinction without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
-MARKERS = "osD^vPX*"
 WIDTH, HEIGHT = 4.8, 3.0  # inches
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is the one that text is measured with
-    "font.size": 10.0,
-    "svg.fonttype": "none",  # letters stay letters: selectable, searchable, small
-    "svg.hashsalt": "prismoe",  # equal figures are equal bytes
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-}
 
 
-Draw = TypeVar("Draw", bound=Callable[..., str])
-
-
-def _styled(draw: Draw) -> Draw:
-    """Draw under our style, whatever the machine's matplotlib is set to."""
-
-    @wraps(draw)
-    def styled(*arguments: Any) -> str:
-        import matplotlib as mpl
-
-        with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
-            return draw(*arguments)
-
-    return cast(Draw, styled)
-
-
-@_styled
+@styled
 def training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     """Language-model loss of every step, and its mean over a window of steps."""
     import numpy as np
@@ -65,10 +31,10 @@ def training_loss(steps: Sequence[Mapping[str, Any]]) -> str:
     )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
+@styled
 def heldout_loss(evals: Sequence[Mapping[str, Any]]) -> str:
     """Held-out loss of every domain over the steps of training."""
     names = list(evals[0]["heldout"])
@@ -79,10 +45,10 @@ def heldout_loss(evals: Sequence[Mapping[str, Any]]) -> str:
         axes.plot(steps, losses, label=name, markersize=4.5, linewidth=1.5, **_look(index))
     axes.set(xlabel="step", ylabel="held-out loss (nats per token)")
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.12, 1.0), borderaxespad=0.2, columnspacing=1.0)
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
+@styled
 def load(evals: Sequence[Mapping[str, Any]]) -> str:
     """Share of tokens per layer and expert over the mean share, before and after training (1 is balanced)."""
     import matplotlib as mpl
@@ -92,7 +58,7 @@ def load(evals: Sequence[Mapping[str, Any]]) -> str:
     chosen = [evals[0], evals[-1]] if len(evals) > 1 else [evals[0]]
     grids = [np.array(row["load"]) * len(row["load"][0]) for row in chosen]
     layers, experts = grids[0].shape
-    figure = _new_figure(WIDTH, 1.5 + min(0.3 * layers, 6.0))
+    figure = new_figure(WIDTH, 1.5 + min(0.3 * layers, 6.0))
     panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     top = max(2.0, float(max(grid.max() for grid in grids)))
     for axes, grid, row in zip(panels, grids, chosen, strict=True):
@@ -105,24 +71,24 @@ def load(evals: Sequence[Mapping[str, Any]]) -> str:
             shown = range(0, count, max(1, count // most))
             side.set_ticks([index + 0.5 for index in shown], [str(index) for index in shown])
         if experts <= 8 and layers <= 16:
-            _numbers(axes, grid, top)
+            number_cells(axes, grid, top=top)
     panels[0].set_ylabel("layer")
     bar = figure.colorbar(mesh, ax=panels, location="bottom", shrink=0.7, aspect=40, pad=0.04)
     bar.set_label("load / mean load")
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
+@styled
 def balance(steps: Sequence[Mapping[str, Any]]) -> str:
     """The busiest expert's load over the mean, the largest over all layers, at every step (1 is balanced)."""
     figure, axes = _figure()
     axes.plot([row["step"] for row in steps], [row["max_over_mean"] for row in steps], color=COLOURS[1], linewidth=1.2)
     axes.axhline(1.0, color="#555555", linewidth=1.0, linestyle="--")
     axes.set(xlabel="step", ylabel="largest load / mean load", ylim=(0, None))
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
+@styled
 def norm_ratios(layers: Sequence[Mapping[str, Any]]) -> str:
     """Size of the mixture's FFN output over the dense one's, by layer (1 is the dense size)."""
     from matplotlib.ticker import MaxNLocator
@@ -133,10 +99,10 @@ def norm_ratios(layers: Sequence[Mapping[str, Any]]) -> str:
     axes.axhline(1.0, color="#555555", linewidth=1.0, linestyle="--")
     axes.set(xlabel="layer", ylabel="‖mixture‖ / ‖dense‖")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _svg(figure)
+    return svg(figure)
 
 
-@_styled
+@styled
 def scores(receipt: Mapping[str, Any]) -> str:
     """Bits per byte of every model on every domain."""
     models, domains = list(receipt["models"]), list(receipt["domains"])
@@ -151,39 +117,13 @@ def scores(receipt: Mapping[str, Any]) -> str:
     axes.set_yticks(range(len(domains)), domains)
     axes.set(xlabel="bits per byte (less is better)", ylim=(len(domains) - 0.5, -0.5))
     axes.legend(ncols=len(models), loc="lower left", bbox_to_anchor=(-0.12, 1.0), borderaxespad=0.2)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _look(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _numbers(axes: Axes, grid: Any, top: float) -> None:
-    for (layer, expert), value in ((place, grid[place]) for place in _places(grid.shape)):
-        colour = "white" if value < 0.55 * top else "black"
-        axes.text(expert + 0.5, layer + 0.5, f"{value:.1f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-def _places(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    return [(row, column) for row in range(shape[0]) for column in range(shape[1])]
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    # Figure without pyplot: no window system, no global state, safe in a thread.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _figure(*, height: float = HEIGHT, legend_rows: int = 0) -> tuple[Figure, Axes]:
-    figure = _new_figure(WIDTH, height + 0.22 * legend_rows)
+    figure = new_figure(WIDTH, height + 0.22 * legend_rows)
     return figure, figure.subplots()
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element that grows and shrinks with the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    head, body = text[text.index("<svg") :].split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
