@@ -2,8 +2,8 @@
 
 `Copy` moves a source tensor unchanged, `Take` gathers rows or columns of one, `Fill` writes numbers that
 have no source, and `Stack` lays several recipes one after the other (a fused `[E, 2W, D]` expert tensor is a
-stack of takes). `Weave` is the way back: rows or columns of many tensors put in one order. The output dtype of all
-but `Fill` is that of the source tensor.
+stack of takes). `Weave` is the way back: rows or columns of many tensors put in one order. `Mean` averages several
+tensors into one. The output dtype of all but `Fill` is that of the source tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Copy", "Draws", "Fill", "IntArray", "Recipe", "Stack", "Strand", "Take", "Weave", "sources"]
+__all__ = ["Copy", "Draws", "Fill", "IntArray", "Mean", "Recipe", "Stack", "Strand", "Take", "Weave", "sources"]
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float32]
@@ -112,11 +112,26 @@ class Weave:
     order: IntArray
 
 
-Recipe = Copy | Take | Fill | Stack | Weave
+@dataclass(frozen=True, eq=False)
+class Mean:
+    """Rows [first, first + count) of tensors `sources`, which have one shape and dtype, averaged.
+
+    Summed in float64 in the order given, divided, and rounded once to the stored dtype: the mean of equal numbers is
+    that number.
+    """
+
+    sources: tuple[str, ...]
+    first: int
+    count: int
 
 
-def sources(recipe: Copy | Take | Fill | Weave) -> tuple[str, ...]:
+Recipe = Copy | Take | Fill | Stack | Weave | Mean
+
+
+def sources(recipe: Copy | Take | Fill | Weave | Mean) -> tuple[str, ...]:
     """The tensors that a recipe reads."""
     if isinstance(recipe, Fill):
         return ()
+    if isinstance(recipe, Mean):
+        return recipe.sources
     return tuple(strand.source for strand in recipe.strands) if isinstance(recipe, Weave) else (recipe.source,)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.branches import branch_key
 from prismoe.checkpoint.family import DenseConfig, Rows, check_tensors
 from prismoe.errors import InputError, UsageError
 from prismoe.plan import LayerPlan, Plan, PlanShape, RouterDraw, plan_shape
-from prismoe.recipe import Copy, Draws, Fill, IntArray, Recipe, Stack, Take
+from prismoe.recipe import Copy, Draws, Fill, IntArray, Mean, Recipe, Stack, Take
 
 __all__ = [
     "Constant",
@@ -213,12 +214,17 @@ def lower(
     the kept experts sum to one: computed top_k times and stored num_experts times. The scale of the routed neurons
     then goes into their rows of up and gate, because columns of one down matrix have one factor.
 
+    Of a plan with branches `checkpoint` is what `Plan.sources` gives.
+
     Raises:
         UsageError: the target cannot express the plan on this checkpoint exactly; names every field in the way.
         InputError: tensors missing, unexpected or of a wrong shape; or the plan was made for another model.
     """
     dense, where = checkpoint.family, str(checkpoint.folder)
-    check_tensors(dense, {name: info.shape for name, info in checkpoint.tensors.items()}, where=where)
+    base = checkpoint.donors[0]
+    check_tensors(dense, {name: info.shape for name, info in base.tensors.items()}, where=where)
+    if len(checkpoint.donors) <= len(plan.branches):
+        raise InputError(f"a plan of {len(plan.branches)} branches", where=where, needed="the branches: plan.sources")
     found = (len(plan.layers), plan.num_neurons, plan.hidden_size)
     if found != (needed := (dense.num_layers, dense.intermediate_size, dense.hidden_size)):
         raise InputError(
@@ -227,17 +233,19 @@ def lower(
     shape = absorbed(plan_shape(plan)) if absorb else plan_shape(plan)
     if objections := target.objections(dense, shape):
         raise UsageError("; ".join(map(str, objections)), where=f"{where}: target {target.name}")
-    if absorb and any(layer and (layer.noise or layer.redraw) for layer in plan.layers):
-        raise UsageError("absorb with experts that were changed", where=where, needed="experts of unchanged neurons")
+    if absorb and any(layer and (layer.noise or layer.redraw or layer.donors) for layer in plan.layers):
+        raise UsageError(
+            "absorb with experts that were changed", where=where, needed="experts of the base's unchanged neurons"
+        )
     width, shared_width = target.widths(shape, pad_to=pad_to)
     zero_biases = target.zero_biases(dense)
     recipes: dict[str, Recipe] = {}
-    for name, at in _in_layer_order(checkpoint).items():
+    for name, at in _in_layer_order(checkpoint, plan.rest).items():
         layer = _ffn_layer(name)
         layer_plan = None if layer is None else plan.layers[layer]
         dtype = checkpoint.tensors[at.source].dtype
         if layer is None or layer_plan is None:
-            recipes[name] = _carried(at)
+            recipes[name] = _carried(at, plan.rest)
         elif name.endswith(".gate_proj.weight"):
             block = _Block(checkpoint.places, layer, layer_plan, absorb)
             if target.router:
@@ -286,11 +294,10 @@ class _Block:
 
     def _expert(self, slot: Slot, expert: int, width: int) -> tuple[Copy | Take | Fill, ...]:
         index, factors = self.plan.experts[expert], self.plan.factors
+        donor = self.plan.donors[expert] if self.plan.donors else 0
         if not self.absorb:
-            return tuple(
-                self._take(part, index, factors[part], width, _draws(self.plan, part, layer=self.layer, expert=expert))
-                for part in slot.parts
-            )
+            drawn = {part: _draws(self.plan, part, layer=self.layer, expert=expert) for part in slot.parts}
+            return tuple(self._take(part, index, factors[part], width, drawn[part], donor=donor) for part in slot.parts)
         shared, rows = self.plan.shared, {"gate": factors["gate"], "up": factors["up"] * factors["down"]}
         found: list[Copy | Take | Fill] = []
         for part in slot.parts:
@@ -310,22 +317,27 @@ class _Block:
     def _place(self, part: str) -> Rows:
         return self.places[f"model.layers.{self.layer}.mlp.{part}_proj.weight"]
 
-    def _take(self, part: str, index: IntArray, factor: float, width: int, draws: Draws | None = None) -> Copy | Take:
-        """Neurons `index` of one matrix, then zero neurons up to `width`."""
+    def _take(
+        self, part: str, index: IntArray, factor: float, width: int, draws: Draws | None = None, *, donor: int = 0
+    ) -> Copy | Take:
+        """Neurons `index` of one matrix of a checkpoint, then zero neurons up to `width`."""
         at, axis = self._place(part), 1 if part == "down" else 0
+        source = branch_key(donor, at.source)
         if at.whole and len(index) == width == at.shape[axis] and factor == 1.0 and draws is None:
-            return Copy(at.source)  # upcycling moves whole tensors
-        return Take(at.source, axis, index + np.int32(at.start), factor, width - len(index), draws)
+            return Copy(source)  # upcycling moves whole tensors
+        return Take(source, axis, index + np.int32(at.start), factor, width - len(index), draws)
 
 
 def _stacked(parts: tuple[Copy | Take | Fill, ...], shape: tuple[int, ...]) -> Recipe:
     return parts[0] if len(parts) == 1 else Stack(shape, parts)
 
 
-def _carried(at: Rows) -> Copy | Take:
-    return (
-        Copy(at.source) if at.whole else Take(at.source, 0, np.arange(at.start, at.start + at.shape[0], dtype=np.int32))
-    )
+def _carried(at: Rows, rest: tuple[int, ...]) -> Copy | Take | Mean:
+    """A tensor outside the experts: the mean of the checkpoints `rest`, to the last bit where it is one."""
+    keys = tuple(branch_key(number, at.source) for number in rest)
+    if len(keys) > 1:
+        return Mean(keys, at.start, at.shape[0])
+    return Copy(keys[0]) if at.whole else Take(keys[0], 0, np.arange(at.start, at.start + at.shape[0], dtype=np.int32))
 
 
 def _constant(constant: Constant, size: tuple[int, ...], dtype: str) -> Fill:
@@ -354,10 +366,11 @@ def _router(plan: LayerPlan, layer: int, hidden_size: int, dtype: str) -> Fill:
     return Fill(shape, dtype, rows=plan.router)
 
 
-def _in_layer_order(checkpoint: Checkpoint) -> Mapping[str, Rows]:
+def _in_layer_order(checkpoint: Checkpoint, rest: tuple[int, ...]) -> Mapping[str, Rows]:
     """What to carry over: everything expected, and a stored copy of a tied head; rotary tables are dropped."""
     places, head = dict(checkpoint.places), "lm_head.weight"
-    if head in checkpoint.tensors and head not in places:
+    stored = all(branch_key(number, head) in checkpoint.tensors for number in (0, *rest))
+    if stored and head not in places:
         places[head] = Rows(head, 0, checkpoint.tensors[head].shape, whole=True)
     return places
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint import FFN, Checkpoint
 from prismoe.convert import convert
 from prismoe.convert.gather import Gatherer, execute
 from prismoe.convert.layout import lay_out
@@ -134,7 +134,7 @@ def test_root_two_is_exact_and_root_three_is_not(total: float, error: float) -> 
     found = {}
     for spread in ("down", "sqrt", "cube_root"):
         plan = LayerPlan(every, np.empty(0, np.int32), RouterDraw(0.0, 0), total, spread)  # type: ignore[arg-type]
-        output = reference.changed_ffn(x_TD, plan, gate_TE, layer=0, **parts)
+        output = reference.expert_by_expert(x_TD, plan, gate_TE, layer=0, ffns=[FFN(**parts)])
         found[spread] = np.linalg.norm(output - wanted) / np.linalg.norm(wanted)
     assert found["down"] < 1e-14
     assert found["sqrt"] < 1e-14

@@ -14,7 +14,7 @@ from prismoe.layerplan import LayerView, RouterDraw
 from prismoe.methods import random, upcycle
 from prismoe.recipe import Fill
 
-METHODS = ("clustering", "coactivation", "gradient", "prune", "random", "router_first", "upcycle")
+METHODS = ("branch", "clustering", "coactivation", "gradient", "prune", "random", "router_first", "upcycle")
 
 
 def view(*, neurons: int = 96, top_k: int = 2, seed: int = 0, index: int = 0) -> LayerView:

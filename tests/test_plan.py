@@ -201,8 +201,8 @@ def test_select_layers_refuses(layers: Any) -> None:
         ({"seed": -1}, "seed: -1; needed a whole number from 0 to 2**63 - 1"),
         (
             {"method": "randm"},
-            "method: unknown 'randm'; needed one of clustering, coactivation, gradient, prune, random, router_first, "
-            "upcycle (hint: did you mean random?)",
+            "method: unknown 'randm'; needed one of branch, clustering, coactivation, gradient, prune, random, "
+            "router_first, upcycle (hint: did you mean random?)",
         ),
         (
             {"num_expert": 4, "shard": 1},

@@ -89,6 +89,11 @@ class Checkpoint:
         return cls(folder)
 
     @property
+    def donors(self) -> tuple[Checkpoint, ...]:
+        """Itself alone; of a base with branches (`Branched`) the base, then each branch."""
+        return (self,)
+
+    @property
     def has_weights(self) -> bool:
         """False for a folder that holds `config.json` alone."""
         return bool(self.tensors)
@@ -144,8 +149,8 @@ class Checkpoint:
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ)
         return self._maps[file]
 
-    def array(self, key: str) -> Array:
-        """Tensor `key` as a read-only view of its file (bfloat16 through ml_dtypes).
+    def array(self, key: str, *, rows: int | None = None) -> Array:
+        """Tensor `key`, or its first `rows` alone, as a read-only view of its file (bfloat16 through ml_dtypes).
 
         Raises:
             InputError: there is no such tensor.
@@ -154,7 +159,7 @@ class Checkpoint:
         if info is None:
             raise InputError(f"no tensor {key!r}", where=str(self.folder), hint="the checkpoint is not of this family")
         flat = np.frombuffer(self.map(info.file), DTYPES[info.dtype], count=math.prod(info.shape), offset=info.start)
-        return flat.reshape(info.shape)
+        return flat.reshape(info.shape)[:rows]
 
     def rows(self, name: str) -> Array:
         """The tensor that Llama would call `name`, wherever the family stores its rows."""

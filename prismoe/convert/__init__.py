@@ -6,6 +6,7 @@ Everything is decided and checked on shapes first; `prismoe/convert/stream.py` t
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Conversion:
 
     `state` is "written", "already complete" or "dry run"; `kept_shards` were finished by an earlier, stopped run.
     `portability` says which engines run it right. `dropped` are source tensors that the converted model does not need.
-    `free_bytes` is what the disk had before.
+    `free_bytes` is what the disk had before. `branches` are the checkpoints beside the source that experts are made of:
+    folder and fingerprint, in the order of the plan.
     """
 
     out: str
@@ -37,6 +39,7 @@ class Conversion:
     state: str
     num_experts: int
     top_k: int
+    branches: dict[str, str]
     num_tensors: int
     num_shards: int
     kept_shards: int
@@ -63,6 +66,7 @@ def convert(
     pad_to: int = 32,
     max_shard_bytes: int = 5_000_000_000,
     absorb: bool = False,
+    branches: Sequence[str | Path] | None = None,
     offline: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -81,16 +85,18 @@ def convert(
         max_shard_bytes: data bytes of one output file; a single larger tensor gets its own.
         absorb: append the shared neurons to every expert, for targets without a shared expert: the same function,
             the shared neurons computed top_k times and stored num_experts times.
+        branches: of a plan made of several checkpoints, their folders; None: where they were when it was made.
         force: start over in an output folder of ours that holds another job.
 
     Raises:
         UsageError: the target cannot hold this plan on this model exactly.
-        InputError: the checkpoint is damaged, holds NaN or infinity, or is not the plan's.
+        InputError: the checkpoint is damaged, holds NaN or infinity, or is not the plan's, or a branch is not.
         ResourceError: not enough disk or memory, or the output folder is in use or not ours.
         InterruptedRun: interrupted by the user; the same call continues.
     """
     started, out = time.monotonic(), Path(out)
-    job = prepare(Checkpoint.open(source, offline=offline), plan, target, pad_to, max_shard_bytes, absorb=absorb)
+    sources = plan.sources(Checkpoint.open(source, offline=offline), branches=branches, offline=offline)
+    job = prepare(sources, plan, target, pad_to, max_shard_bytes, absorb=absorb)
     free = check_room(job, out)
     if dry_run:
         return _receipt(job, out, Written("dry run", {}, 0), free=free, started=started)
@@ -105,6 +111,7 @@ def _receipt(job: Job, out: Path, written: Written, *, free: int, started: float
         state=written.state,
         num_experts=plan_shape(job.plan).num_experts,
         top_k=job.plan.top_k,
+        branches={str(branch.folder): branch.fingerprint for branch in job.checkpoint.donors[1:]},
         num_tensors=sum(len(shard.keys) for shard in job.shards),
         num_shards=len(job.shards),
         kept_shards=written.kept_shards,

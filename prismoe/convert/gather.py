@@ -18,12 +18,13 @@ from prismoe.checkpoint.tensorfile import DTYPES, ITEM_BYTES
 from prismoe.convert.layout import Piece, lay_out, recipe_tensor
 from prismoe.errors import InputError
 from prismoe.layerplan.draws import row_normals, tensor_normals
-from prismoe.recipe import Copy, Draws, Fill, Recipe, Take, Weave, sources
+from prismoe.recipe import Copy, Draws, Fill, Mean, Recipe, Take, Weave, sources
 
 __all__ = ["Gatherer", "draw", "execute"]
 
 Array = npt.NDArray[Any]
 
+BLOCK = 1 << 15  # numbers averaged at a time
 ROWS = 64  # rows gathered at a time: source and result of a column gather stay in the second-level cache
 INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 
@@ -98,9 +99,11 @@ class Gatherer:
             return
         if isinstance(recipe, Copy):
             self._read(recipe.source, low, out)
+        elif isinstance(recipe, Mean):
+            self._average(recipe, low // ITEM_BYTES[piece.dtype], np.frombuffer(out, DTYPES[piece.dtype]))
         else:
             self._window(piece, recipe, low, high, np.frombuffer(out, _unsigned(piece.dtype)))
-        changed = isinstance(recipe, Weave) or (isinstance(recipe, Take) and recipe.changes)
+        changed = isinstance(recipe, Weave | Mean) or (isinstance(recipe, Take) and recipe.changes)
         looked_at = piece.check or changed
         if looked_at and not _finite(np.frombuffer(out, _unsigned(piece.dtype)), piece.dtype):
             raise InputError(
@@ -119,12 +122,24 @@ class Gatherer:
                 raise InputError("the file became shorter while it was read", where=f"{info.file}: {source}")
             done += got
 
-    def _place(self, recipe: Copy | Take | Weave) -> str:
-        """The tensor to name in a complaint about bytes that were just read; of a weave, the first that is damaged."""
+    def _place(self, recipe: Copy | Take | Weave | Mean) -> str:
+        """The tensor to name in a complaint about bytes that were just read; of several, the first that is damaged."""
         names = sources(recipe)
         damaged = (name for name in names if len(names) > 1 and not np.isfinite(self._checkpoint.array(name)).all())
         name = next(damaged, names[0])
         return f"{self._checkpoint.tensors[name].file}: {name}"
+
+    def _average(self, mean: Mean, first: int, out: Array) -> None:
+        """Numbers [first, first + len(out)) of a mean, a block at a time: wide copies stay in the cache."""
+        rows = slice(mean.first, mean.first + mean.count)
+        stored = [self._checkpoint.array(name)[rows].reshape(-1)[first:] for name in mean.sources]
+        for start in range(0, len(out), BLOCK):
+            block = out[start : start + BLOCK]
+            total = stored[0][start : start + len(block)].astype(np.float64)  # not from 0: the mean of -0 is -0
+            for numbers in stored[1:]:
+                total += numbers[start : start + len(block)].astype(np.float64)
+            total /= len(stored)
+            block[...] = _rounded_once(total, block.dtype)
 
     def _window(self, piece: Piece, recipe: Take | Weave, low: int, high: int, out: Array) -> None:
         """Whole rows go straight into `out`; a row cut by the window's edge is made apart and cut."""
@@ -221,6 +236,20 @@ def _scale(block: Array, factor: float) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         wide = block.astype(np.float64 if block.dtype == np.float64 else np.float32)
         block[...] = np.multiply(wide, factor, dtype=wide.dtype).astype(block.dtype)
+
+
+def _rounded_once(wide: npt.NDArray[np.float64], dtype: npt.DTypeLike) -> Array:
+    """float64 as `dtype`, to the nearest, ties to even. ml_dtypes goes to bfloat16 by way of float32 and rounds twice;
+    rounding to odd on that way (an inexact number keeps a set last bit) leaves the second rounding all it needs.
+    """
+    if np.dtype(dtype) != DTYPES["BF16"]:
+        return wide.astype(dtype)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float32)
+    bits = narrow.view(np.uint32)
+    bits -= np.abs(narrow) > np.abs(wide)  # towards zero
+    bits |= narrow != wide
+    return narrow.astype(dtype)
 
 
 def _draw_rows(block: Array, take: Take, draws: Draws, first: int) -> None:

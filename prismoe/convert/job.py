@@ -29,8 +29,9 @@ class Job(Output):
 def prepare(
     checkpoint: Checkpoint, plan: Plan, target: str, pad_to: int, max_shard_bytes: int, *, absorb: bool = False
 ) -> Job:
-    if not checkpoint.has_weights:
-        raise InputError("config.json without weights", where=str(checkpoint.folder), needed="model.safetensors")
+    for donor in checkpoint.donors:
+        if not donor.has_weights:
+            raise InputError("config.json without weights", where=str(donor.folder), needed="model.safetensors")
     if pad_to < 1:
         raise UsageError(f"{pad_to}", where="convert.pad_to", needed="1 or more")
     table = find_target(target)
@@ -41,6 +42,7 @@ def prepare(
     settings = {"target": target, "pad_to": pad_to, "max_shard_bytes": max_shard_bytes, "absorb": absorb}
     side_files = {path.name: path.read_bytes() for path in checkpoint.side_files}
     plan_bytes = plan.to_bytes()
+    branches = {f"branch {number}": found for number, found in enumerate(plan.branches, start=1)}
     return Job(
         kind="convert",
         checkpoint=checkpoint,
@@ -48,7 +50,7 @@ def prepare(
         config=config,
         shards=shards,
         files={**side_files, PLAN: plan_bytes},
-        parents={"source": checkpoint.fingerprint, "plan": hashlib.sha256(plan_bytes).hexdigest()},
+        parents={"source": checkpoint.fingerprint, **branches, "plan": hashlib.sha256(plan_bytes).hexdigest()},
         key=job_key(checkpoint, [settings, config], plan_bytes, side_files=side_files),
         plan=plan,
     )

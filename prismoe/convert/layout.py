@@ -1,7 +1,7 @@
 """Where every output byte goes, decided before the first one moves: recipes become shards of pieces.
 
-A piece is a run of bytes of one output file made by one `Copy`, `Take`, `Fill` or `Weave`. All checks on recipes
-happen here, on shapes alone.
+A piece is a run of bytes of one output file made by one `Copy`, `Take`, `Fill`, `Weave` or `Mean`. All checks on
+recipes happen here, on shapes alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from prismoe.checkpoint.tensorfile import ITEM_BYTES, TensorInfo, header_bytes, tensor_bytes
 from prismoe.errors import InputError, UsageError
-from prismoe.recipe import Copy, Fill, Recipe, Take, Weave, sources
+from prismoe.recipe import Copy, Fill, Mean, Recipe, Take, Weave, sources
 
 __all__ = ["Piece", "Shard", "index_json", "lay_out", "recipe_tensor"]
 
@@ -36,7 +36,7 @@ class Piece:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    recipe: Copy | Take | Fill | Weave
+    recipe: Copy | Take | Fill | Weave | Mean
     check: bool = True
 
 
@@ -68,6 +68,8 @@ def recipe_tensor(recipe: Recipe, tensors: Tensors, *, key: str) -> tuple[str, t
         return _take_tensor(recipe, tensors, key)
     if isinstance(recipe, Weave):
         return _woven_tensor(recipe, tensors, key)
+    if isinstance(recipe, Mean):
+        return _mean_tensor(recipe, tensors, key)
     made = [recipe_tensor(part, tensors, key=key) for part in recipe.parts]
     dtypes = {dtype for dtype, _ in made}
     if len(dtypes) != 1 or sum(math.prod(shape) for _, shape in made) != math.prod(recipe.shape):
@@ -117,6 +119,17 @@ def _woven_tensor(recipe: Weave, tensors: Tensors, key: str) -> tuple[str, tuple
     if len(dtypes) != 1 or count > recipe.shape[recipe.axis]:
         raise InputError(f"{count} places of {sorted(dtypes)}", where=key, needed=f"one dtype, within {recipe.shape}")
     return dtypes.pop(), recipe.shape
+
+
+def _mean_tensor(recipe: Mean, tensors: Tensors, key: str) -> tuple[str, tuple[int, ...]]:
+    found = {(info.dtype, info.shape) for info in (_source(name, tensors, key) for name in recipe.sources)}
+    if len(found) != 1:
+        raise InputError(f"mean of {sorted(found)}", where=key, needed="tensors of one dtype and shape")
+    dtype, shape = found.pop()
+    if not shape or not 0 <= recipe.first < recipe.first + recipe.count <= shape[0]:
+        found_rows = f"rows {recipe.first}..{recipe.first + recipe.count - 1} of a tensor of shape {list(shape)}"
+        raise InputError(found_rows, where=f"{key} from {recipe.sources[0]}")
+    return dtype, (recipe.count, *shape[1:])
 
 
 def _source(name: str, tensors: Tensors, key: str) -> TensorInfo:
@@ -184,9 +197,9 @@ def _groups(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
-def _atoms(recipe: Recipe, tensors: Tensors) -> Iterator[Copy | Take | Fill | Weave]:
+def _atoms(recipe: Recipe, tensors: Tensors) -> Iterator[Copy | Take | Fill | Weave | Mean]:
     """Parts of a stack in order, with every take that moves a whole tensor unchanged turned into a copy."""
-    if isinstance(recipe, Copy | Fill | Weave):
+    if isinstance(recipe, Copy | Fill | Weave | Mean):
         yield recipe
     elif isinstance(recipe, Take):
         info = tensors[recipe.source]

@@ -18,6 +18,7 @@ from threading import Event, Lock
 from typing import Any
 
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.branches import branch_key
 from prismoe.convert.gather import Gatherer
 from prismoe.convert.layout import Shard, index_json
 from prismoe.convert.writer import BUFFER_BYTES, write_shard
@@ -62,9 +63,11 @@ class Output:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """Source tensors that no shard is made of."""
+        """Source tensors that no shard is made of; with branches, those of which it takes none of the checkpoints'."""
         used = {name for shard in self.shards for piece in shard.pieces for name in sources(piece.recipe)}
-        return tuple(sorted(set(self.checkpoint.tensors) - used))
+        keys = range(len(self.checkpoint.donors))
+        found = {name for donor in self.checkpoint.donors for name in donor.tensors}
+        return tuple(sorted(name for name in found if used.isdisjoint(branch_key(number, name) for number in keys)))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ class LayerPlan:
 
     `group` consecutive experts are a virtual group (He et al., 2410.07524): one copy of the FFN in slices, whose router
     rows are equal. `redraw` and `noise` make copies differ.
+
+    `donors` says for each expert whose neurons it holds: 0 the base's, b those of the plan's b-th branch. Empty: all
+    the base's, as the shared ones always are.
     """
 
     experts: IntArray
@@ -82,6 +85,7 @@ class LayerPlan:
     group: int = 1
     redraw: Redraw | None = None
     noise: Noise | None = None
+    donors: tuple[int, ...] = ()
 
     @property
     def factors(self) -> dict[str, float]:
@@ -94,9 +98,9 @@ class LayerPlan:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the routed experts compute scale · dense neurons, exactly but for rounding."""
+        """Whether the routed experts compute scale · neurons of the base, exactly but for rounding."""
         exact = self.spread != "cube_root" or self.scale == 1.0
-        return exact and self.redraw is None and self.noise is None
+        return exact and self.redraw is None and self.noise is None and not self.donors
 
 
 def no_statistics() -> NeuronStats:
@@ -174,6 +178,8 @@ def layer_problem(layer: LayerPlan, *, num_neurons: int, hidden_size: int) -> st
         return f"spread {layer.spread!r} is not one of {', '.join(get_args(Spread))}"
     if type(layer.group) is not int or layer.group < 1 or len(layer.experts) % layer.group:
         return f"virtual groups of {layer.group} among {len(layer.experts)} experts"
+    if layer.donors and not (len(layer.donors) == len(layer.experts) and all(map(_count, layer.donors))):
+        return f"donors {list(layer.donors)} of {len(layer.experts)} experts"[:80]
     return _router_problem(layer, hidden_size) or _change_problem(layer)
 
 
@@ -204,6 +210,10 @@ def _change_problem(layer: LayerPlan) -> str:
     if moments.shape != (count, 3, 2) or not np.isfinite(moments).all() or (moments[..., 1] < 0).any():
         return f"redraw moments {list(moments.shape)} are not finite [{count}, 3, 2] with std ≥ 0"
     return ""
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _seed(value: Any) -> bool:

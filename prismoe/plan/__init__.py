@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from prismoe import registry
 from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.branches import Branched
 from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, sha256_file, write_atomic
@@ -53,7 +54,9 @@ class Origin:
 class Plan:
     """One `LayerPlan` per layer, or None where the layer stays dense.
 
-    `num_neurons` F and `hidden_size` D are the dense model's.
+    `num_neurons` F and `hidden_size` D are the dense model's. `branches` are the fingerprints of the checkpoints that
+    experts are made of beside the base; checkpoint 0 is the base, b is branches[b - 1]. Everything outside the experts
+    is the mean of the checkpoints `rest`, or with one of them its own.
     """
 
     layers: tuple[LayerPlan | None, ...]
@@ -61,6 +64,30 @@ class Plan:
     num_neurons: int
     hidden_size: int
     origin: Origin = field(repr=False)
+    branches: tuple[str, ...] = ()
+    rest: tuple[int, ...] = (0,)
+
+    def sources(
+        self, base: Checkpoint, *, branches: Sequence[str | Path] | None = None, offline: bool = False
+    ) -> Checkpoint:
+        """`base` with the branches beside it that this plan was made of, if it was.
+
+        Args:
+            branches: their folders, in the order of the plan; None: where they were when the plan was made.
+
+        Raises:
+            InputError: they do not fit the base or are not those of the plan, see `Branched.beside`.
+            UsageError: branches for a plan of one checkpoint.
+        """
+        if not self.branches:
+            if branches:
+                raise UsageError("a plan of one checkpoint", where="branches", needed="a plan of the method branch")
+            return base
+        if isinstance(base, Branched):
+            base, *given = base.donors
+            return Branched.beside(base, given, fingerprints=self.branches)
+        places = self.origin.arguments.get("branches", ()) if branches is None else branches
+        return Branched.beside(base, places, fingerprints=self.branches, offline=offline)
 
     def to_bytes(self) -> bytes:
         """A .safetensors file: index tensors, and everything else readable in the header.
@@ -103,6 +130,7 @@ class PlanShape:
     expert_width: int  # the widest, where layers differ
     shared_width: int
     scales: tuple[float, ...]  # the different ones, ascending
+    num_branches: int = 0  # checkpoints beside the base that are read as well
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -143,7 +171,8 @@ def make_plan(
     """
     checkpoint = Checkpoint.open(source)
     dense = checkpoint.family
-    split = registry.load("prismoe.methods", method, where="method").split
+    module = registry.load("prismoe.methods", method, where="method")
+    split = module.split
     init = Router.choose(router, arguments, known=registry.keywords(split))
     bound = registry.arguments(split, init.others, where=f"method {method}")
     factor = registry.arguments(rescaled, {"scale": scale}, where="plan")
@@ -151,11 +180,12 @@ def make_plan(
         raise UsageError(f"{seed}", where="seed", needed="a whole number from 0 to 2**63 - 1")
     if top_k < 1:
         raise UsageError(f"{top_k}", where="top_k", needed="at least 1")
-    if "num_experts" not in bound:
-        top_k = 1  # such a method makes a single expert
-    num_experts = bound.get("num_experts", top_k)
+    num_experts = module.num_experts(bound) if hasattr(module, "num_experts") else bound.get("num_experts")
+    if num_experts is None:
+        num_experts = top_k = 1  # such a method makes a single expert
     if top_k > num_experts:
         raise UsageError(f"{top_k} of {num_experts} experts", where="top_k", needed=f"at most {num_experts}")
+    branches = Branched.beside(checkpoint, bound["branches"]).donors[1:] if "branches" in bound else ()
     statistics = None if calibration is None else _calibration(calibration, checkpoint)
     plans: list[LayerPlan | None] = [None] * dense.num_layers
     for index in select_layers(layers, dense.num_layers):
@@ -183,6 +213,8 @@ def make_plan(
         num_neurons=dense.intermediate_size,
         hidden_size=dense.hidden_size,
         origin=origin,
+        branches=tuple(branch.fingerprint for branch in branches),
+        rest=module.averaged(bound) if branches else (0,),
     )
     _check(plan, where=f"method {method}")
     return plan
@@ -233,6 +265,7 @@ def plan_shape(plan: Plan) -> PlanShape:
         expert_width=max(layer.experts.shape[1] for layer in moe.values()),
         shared_width=max(len(layer.shared) for layer in moe.values()),
         scales=tuple(sorted({float(layer.scale) for layer in moe.values()})),
+        num_branches=len(plan.branches),
     )
 
 
@@ -265,6 +298,8 @@ def _pack(plan: Plan) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
         "origin": asdict(plan.origin),
         "layers": rows,
     }
+    if plan.branches:
+        body |= {"branches": list(plan.branches), "rest": list(plan.rest)}
     header = {"format": FORMAT, "plan": json.dumps(body, allow_nan=False)}
     return header, tensors
 
@@ -298,6 +333,8 @@ def _unpack(path: Path) -> Plan:
             num_neurons=neurons,
             hidden_size=_count(body["hidden_size"], 2**31 - 1),
             origin=Origin(**body["origin"]),
+            branches=tuple(body.get("branches", ())),
+            rest=tuple(body.get("rest", (0,))),
         )
     except (KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
         raise InputError(
@@ -327,6 +364,11 @@ def _problem(plan: Plan) -> str:
     texts = (plan.origin.method, plan.origin.source, plan.origin.calibration)
     if not isinstance(plan.origin.arguments, dict) or not all(isinstance(text, str) for text in texts):
         return f"origin {plan.origin}"[:80]
+    known = range(len(plan.branches) + 1)
+    if not all(isinstance(text, str) for text in plan.branches):
+        return f"branches {plan.branches}"[:80]
+    if not plan.rest or not all(type(number) is int and number in known for number in plan.rest):
+        return f"rest {list(plan.rest)} of {len(known)} checkpoints"[:80]
     if not counts:
         return "no layer has experts"
     if len(counts) > 1:
@@ -338,6 +380,8 @@ def _problem(plan: Plan) -> str:
             continue
         if problem := layer_problem(layer, num_neurons=plan.num_neurons, hidden_size=plan.hidden_size):
             return f"layer {index}: {problem}"
+        if any(number not in known for number in layer.donors):
+            return f"layer {index}: donors {list(layer.donors)} of {len(known)} checkpoints"[:80]
         if plan.top_k % layer.group:
             return f"layer {index}: top_k {plan.top_k} cuts a virtual group of {layer.group} experts"
     return ""

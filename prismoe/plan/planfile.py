@@ -20,7 +20,7 @@ __all__ = ["Tensors", "pack_layer", "unpack_layer"]
 MAX_EXPERTS = 4096  # a damaged header must not ask for more memory than this
 ALL, ALIKE, STORED = "all neurons", "all alike", "stored"
 REQUIRED = {"num_experts", "experts", "shared", "scale", "router"}
-OPTIONAL = {"spread", "group", "noise", "redraw"}
+OPTIONAL = {"spread", "group", "noise", "redraw", "donors"}
 
 Tensors = dict[str, npt.NDArray[Any]]
 Stored = Callable[[str, str], npt.NDArray[Any]]
@@ -51,6 +51,7 @@ def pack_layer(layer: LayerPlan, *, at: str, num_neurons: int) -> tuple[dict[str
     row |= {"spread": layer.spread} if layer.spread != "down" else {}
     row |= {"group": layer.group} if layer.group != 1 else {}
     row |= {"noise": asdict(layer.noise)} if layer.noise is not None else {}
+    row |= {"donors": list(layer.donors)} if layer.donors else {}
     if layer.redraw is not None:
         row["redraw"] = {"seed": layer.redraw.seed}
         tensors[f"{at}.redraw.slots"] = layer.redraw.slots.astype(np.int32)
@@ -90,4 +91,5 @@ def unpack_layer(row: dict[str, Any], stored: Stored, *, at: str, where: str, nu
         group=row.get("group", 1),
         redraw=redraw,
         noise=Noise(**row["noise"]) if "noise" in row else None,
+        donors=tuple(row.get("donors", ())),
     )

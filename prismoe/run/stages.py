@@ -137,6 +137,7 @@ class Work:
 def _plan(work: Work) -> dict[str, Any]:
     from prismoe.account import account
     from prismoe.plan import plan_shape
+    from prismoe.plan.branches import alike_branches
     from prismoe.portability import portability
     from prismoe.target import absorbed
 
@@ -152,7 +153,7 @@ def _plan(work: Work) -> dict[str, Any]:
         plan.save(work.out / PLAN)
     origin = asdict(plan.origin)
     named = {**origin, "source_name": str(work.config.source), "shape": asdict(shape)}
-    return {**named, "account": counted, "portability": engines}
+    return {**named, "account": counted, "portability": engines, "warnings": alike_branches(plan)}
 
 
 def _convert(work: Work) -> dict[str, Any]:
@@ -165,6 +166,7 @@ def _convert(work: Work) -> dict[str, Any]:
         work.checkpoint,
         work.plan,
         out=work.folder("moe"),
+        branches=work.config.plan.arguments.get("branches"),
         force=work.force,
         dry_run=work.dry_run,
         on_progress=work.on_progress,
@@ -178,6 +180,7 @@ def _verify(work: Work) -> dict[str, Any]:
     return verify(
         work.folder("moe"),
         source=work.checkpoint,
+        branches=work.config.plan.arguments.get("branches"),
         tokens=work.config.verify.tokens,
         offline=work.offline,
         on_progress=work.on_progress,
@@ -284,7 +287,11 @@ STAGES: dict[str, Stage] = {
         dry=True,
     ),
     "plan": Stage(
-        _plan, PLAN, ("calibrate",), lambda c: {"seed": c.seed, "plan": _keys(c.plan), **_calibration(c)}, dry=True
+        _plan,
+        PLAN,
+        ("calibrate",),
+        lambda c: {"seed": c.seed, "plan": _keys(c.plan), **_calibration(c), **_branch_states(c)},
+        dry=True,
     ),
     "convert": Stage(_convert, "moe/manifest.json", ("plan",), lambda c: {"convert": asdict(c.convert)}, dry=True),
     "verify": Stage(_verify, "moe/certificate.json", ("convert",), lambda c: {"verify": asdict(c.verify)}),
@@ -316,6 +323,14 @@ def _calibration(config: Config) -> dict[str, str]:
     folder = config.plan.calibration
     path = Path(folder) / MANIFEST if folder is not None else None
     return {"calibration": sha256_file(path)} if path is not None and path.is_file() else {}
+
+
+def _branch_states(config: Config) -> dict[str, list[str]]:
+    """What tells the branches from others in the same folders."""
+    from prismoe.checkpoint import Checkpoint
+
+    found = [Checkpoint.open(branch).fingerprint for branch in config.plan.arguments.get("branches", ())]
+    return {"branches": found} if found else {}
 
 
 def _texts(config: Config) -> dict[str, Any]:

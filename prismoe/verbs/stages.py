@@ -61,6 +61,7 @@ def verify(job: Job) -> dict[str, Any]:
         certificate = verify(
             job.subject,
             source=config.source,
+            branches=config.plan.arguments.get("branches"),
             tokens=config.verify.tokens,
             force=job.flags.force,
             offline=job.flags.offline,

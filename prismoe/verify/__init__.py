@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from prismoe.checkpoint import Checkpoint
@@ -25,6 +26,7 @@ def verify(
     folder: str | Path,
     *,
     source: str | Path | Checkpoint | None = None,
+    branches: Sequence[str | Path] | None = None,
     tokens: int = 128,
     force: bool = False,
     offline: bool = False,
@@ -35,13 +37,14 @@ def verify(
     Args:
         folder: what `convert` wrote.
         source: the dense checkpoint that was converted (a folder of ours names it by fingerprint alone).
+        branches: of a plan made of several checkpoints, their folders; None: where they were when it was made.
         tokens: how many tokens of text go through the layers (at most the model's positions).
         force: check again where a certificate of the same bytes, source, tokens and versions is there.
         offline: a source given by hub name must already be in the cache.
 
     Raises:
         UsageError: no source, or no tokens.
-        InputError: not a complete converted folder, or `source` is not what it was made from.
+        InputError: not a complete converted folder, or `source` or a branch is not what it was made from.
         NumericalError: a check failed; the certificate is written first.
     """
     folder = Path(folder)
@@ -61,14 +64,15 @@ def verify(
             needed=f"fingerprint {manifest.parents.get('source', 'unknown')[:12]}…, found {dense.fingerprint[:12]}…",
             hint="give the dense checkpoint, unchanged since",
         )
+    plan = Plan.load(folder / PLAN)
+    sources = plan.sources(dense, branches=branches, offline=offline)
     key = _key(folder, manifest=manifest, tokens=tokens)
     certificate = None if force else Certificate.read(folder)
     if certificate is None or certificate.key != key:
         from prismoe.verify.chain import certify  # torch and transformers are heavy: only here
 
-        plan = Plan.load(folder / PLAN)
         certificate = certify(
-            Checkpoint.open(folder), dense, plan, manifest=manifest, tokens=tokens, key=key, on_progress=on_progress
+            Checkpoint.open(folder), sources, plan, manifest=manifest, tokens=tokens, key=key, on_progress=on_progress
         )
         certificate.write(folder)
     certificate.raise_if_failed(folder)

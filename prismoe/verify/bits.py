@@ -20,9 +20,10 @@ from prismoe.folder import Manifest, sha256_file
 from prismoe.layerplan.draws import row_normals
 from prismoe.plan import Plan
 from prismoe.progress import Progress
-from prismoe.recipe import Copy, Draws, Fill, Recipe, Stack, Weave
+from prismoe.recipe import Copy, Draws, Fill, Mean, Recipe, Stack, Weave
 from prismoe.target import lower
 from prismoe.targets import find_target
+from prismoe.verify.rest import rounded_mean
 
 __all__ = ["changed_files", "differing_from_recipes", "not_carried"]
 
@@ -45,7 +46,10 @@ def changed_files(folder: Path, manifest: Manifest, *, on_progress: Progress) ->
 def differing_from_recipes(
     moe: Checkpoint, dense: Checkpoint, plan: Plan, *, manifest: Manifest, on_progress: Progress
 ) -> list[str]:
-    """Tensors that are missing, not asked for, or differ in dtype, shape or any bit from their recipe."""
+    """Tensors that are missing, not asked for, or differ in dtype, shape or any bit from their recipe.
+
+    Of a plan with branches `dense` is what `Plan.sources` gives.
+    """
     config = manifest.config
     recipes = lower(
         dense, plan, find_target(config["target"]), pad_to=config["pad_to"], absorb=config.get("absorb", False)
@@ -62,7 +66,8 @@ def differing_from_recipes(
 def not_carried(moe: Checkpoint, dense: Checkpoint, plan: Plan) -> list[str]:
     """Source tensors outside the feed-forward blocks that were cut which the folder does not hold bit for bit.
 
-    Projections that the family stores fused are looked for apart, under the name of each.
+    Projections that the family stores fused are looked for apart, under the name of each. `dense` is what everything
+    outside the experts comes from, see `outside`.
     """
     cut = tuple(f"model.layers.{layer}.mlp." for layer, found in enumerate(plan.layers) if found is not None)
     optional = {name: dense.array(name) for name in dense.tensors if optional_tensor(dense.family, name)}
@@ -107,6 +112,9 @@ def _make(recipe: Recipe, dense: Checkpoint) -> Array:
         return dense.array(recipe.source)
     if isinstance(recipe, Fill):
         return draw(recipe)
+    if isinstance(recipe, Mean):
+        rows = slice(recipe.first, recipe.first + recipe.count)
+        return rounded_mean([dense.array(name)[rows] for name in recipe.sources])
     assert not isinstance(recipe, Stack | Weave), "a stack holds no stack, and convert makes no weave"
     taken = np.take(dense.array(recipe.source), recipe.index, axis=recipe.axis)
     if recipe.draws is not None:

@@ -39,8 +39,9 @@ class LayerNumbers:
     """One layer. Errors are relative Frobenius errors over the tokens; None where the number does not apply.
 
     Attributes:
-        kind: "partition", "upcycling", "sharing" or "dense" (the layer was left alone).
-        input: FFN input of the MoE layer against the dense layer's (attention, norms, rotary embedding).
+        kind: "partition", "upcycling", "sharing", "changed", "branches" or "dense" (the layer was left alone).
+        input: FFN input of the MoE layer against the dense layer's (attention, norms, rotary embedding). Where
+            branches are averaged, the dense model is that mean, here and in norm_ratio.
         plan: stock FFN output at the real K and router against a float64 evaluation of the plan on the dense weights.
         routing: tokens for which the stock router did not keep the K largest logits (beyond float32 rounding).
         all_experts: stock FFN output with every expert on, unit gates, over the scale, against the dense FFN.

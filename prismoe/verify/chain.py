@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint import FFN, Checkpoint
 from prismoe.checkpoint.family import optional_tensor
 from prismoe.checkpoint.tensorfile import ITEM_BYTES
 from prismoe.errors import InputError
@@ -24,6 +24,7 @@ from prismoe.targets import find_target
 from prismoe.verify import reference, stock
 from prismoe.verify.bits import changed_files, differing_from_recipes, not_carried
 from prismoe.verify.certificate import Certificate, Check, LayerNumbers
+from prismoe.verify.rest import outside
 from prismoe.verify.sample import sample_ids
 
 __all__ = ["certify"]
@@ -80,14 +81,14 @@ def _share(check: Check) -> float:
 def certify(
     moe: Checkpoint, dense: Checkpoint, plan: Plan, *, manifest: Manifest, tokens: int, key: str, on_progress: Progress
 ) -> Certificate:
-    """All checks of `moe` against `dense` and `plan`, whether they pass or not; see `verify`."""
+    """All checks of `moe` against `dense` (with its branches: `Plan.sources`) and `plan`, pass or not; see `verify`."""
     config = dense.family
     ids, origin = sample_ids(moe.folder, num_tokens=min(tokens, config.max_positions), vocab_size=config.vocab_size)
     worst = _Worst()
     worst.count("files", changed_files(moe.folder, manifest, on_progress=on_progress))
     worst.count("recipes", differing_from_recipes(moe, dense, plan, manifest=manifest, on_progress=on_progress))
-    worst.count("carried", not_carried(moe, dense, plan))
-    chain = _Chain(moe, dense, plan, worst, manifest.config)
+    worst.count("carried", not_carried(moe, outside(dense, plan), plan))
+    chain = _Chain(moe, dense, _as_copies(plan), worst, manifest.config)
     layers = chain.run(torch.from_numpy(ids), on_progress=on_progress)
     return Certificate(
         source=dense.fingerprint,
@@ -102,17 +103,26 @@ def certify(
     )
 
 
+def _as_copies(plan: Plan) -> Plan:
+    """A plan of branches that never left the base is one of copies, and has to equal the base like one."""
+    if not plan.branches or set(plan.branches) != {plan.origin.source}:
+        return plan
+    layers = (None if layer is None else replace(layer, donors=()) for layer in plan.layers)
+    return replace(plan, layers=tuple(layers), rest=(0,))
+
+
 class _Chain:
     """Two streams of hidden states: the dense model's, and the converted model's in the setting that must equal it.
 
     That setting is all experts on for a partition and the model as it is for copies and dense layers. A plan that
-    shares, drops or changes neurons has none, and its second stream ends there.
+    shares, drops or changes neurons, or has those of several checkpoints, has none, and its second stream ends there.
     """
 
     def __init__(
         self, moe: Checkpoint, dense: Checkpoint, plan: Plan, worst: _Worst, settings: Mapping[str, Any]
     ) -> None:
-        self.moe, self.dense, self.plan, self.worst = moe, dense, plan, worst
+        self.moe, self.dense, self.plan, self.worst = moe, outside(dense, plan), plan, worst
+        self.donors = dense.donors
         self.gate = find_target(settings["target"]).gate
         self.ignored = [name for name in dense.tensors if optional_tensor(dense.family, name)]
         neurons = dense.family.intermediate_size
@@ -120,7 +130,7 @@ class _Chain:
         if settings.get("absorb") and any(layer is not None and len(layer.shared) for layer in plan.layers):
             # With all experts on, the shared neurons that each of them holds would count E/scale times.
             self.kinds = ["sharing" if kind == "partition" else kind for kind in self.kinds]
-        self.equal = {"sharing", "changed"}.isdisjoint(self.kinds) and all(
+        self.equal = {"sharing", "changed", "branches"}.isdisjoint(self.kinds) and all(
             plan is None or kind == "partition" or plan.scale == plan.group
             for plan, kind in zip(plan.layers, self.kinds, strict=True)
         )
@@ -162,12 +172,12 @@ class _Chain:
             return None
         dense, _ = stock.load_layer(self.dense, layer, without=self.ignored)
         expected, found = dense.run(hidden_TD), moe.run(hidden_TD)
-        ffn, x_TD = self.dense.ffn(layer), _float64(found.input_TD)
-        parts = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "down_DF": ffn.down_DF}
+        ffns = [self.dense.ffn(layer)] if layer_plan is None else [donor.ffn(layer) for donor in self.donors]
+        x_TD = _float64(found.input_TD)
         gate_TE, wrong = np.ones((len(x_TD), 1)), None
         if layer_plan is not None and len(layer_plan.experts) > 1:  # one expert alone is always on, router or not
             gate_TE, wrong = self._gates(moe, found.input_TD, layer)
-        planned_TD = _planned(x_TD, layer_plan, gate_TE, layer=layer, **parts)
+        planned_TD = _planned(x_TD, layer_plan, gate_TE, layer=layer, ffns=ffns)
         folding = 0.0 if layer_plan is None else _folding(layer_plan, self.dense, layer)
         row = LayerNumbers(
             layer=layer,
@@ -238,13 +248,15 @@ class _Chain:
         self.worst.add("logits", float((found_TV - expected_TV).abs().max()), limit if lossless else None, where)
 
 
-def _planned(x_TD: Array, plan: LayerPlan | None, gate_TE: Array, *, layer: int, **parts: Array) -> Array:
-    """[T, D] what the plan (None: a dense layer) computes on the dense weights, in float64."""
+def _planned(x_TD: Array, plan: LayerPlan | None, gate_TE: Array, *, layer: int, ffns: Sequence[FFN]) -> Array:
+    """[T, D] what the plan (None: a dense layer) computes on the dense weights (the base's first), in float64."""
+    base = ffns[0]
+    parts: dict[str, Array] = {"gate_FD": base.gate_FD, "up_FD": base.up_FD, "down_DF": base.down_DF}
     if plan is None:
         return reference.plan_ffn(x_TD, **parts)
-    if reference.kind(plan, num_neurons=len(parts["gate_FD"])) == "changed":
-        return reference.changed_ffn(x_TD, plan, gate_TE, layer=layer, **parts)
-    weight_TF = reference.neuron_weights(plan, gate_TE, num_neurons=len(parts["gate_FD"]))
+    if reference.kind(plan, num_neurons=len(base.gate_FD)) in ("changed", "branches"):
+        return reference.expert_by_expert(x_TD, plan, gate_TE, layer=layer, ffns=ffns)
+    weight_TF = reference.neuron_weights(plan, gate_TE, num_neurons=len(base.gate_FD))
     return reference.plan_ffn(x_TD, **parts, weight_TF=weight_TF)
 
 

@@ -6,15 +6,17 @@ one for a shared neuron and scale · Σ over the kept experts that hold neuron j
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.checkpoint import FFN
 from prismoe.layerplan import LayerPlan
 from prismoe.layerplan.draws import row_normals
 
-__all__ = ["Matrix", "changed_ffn", "count_wrong_choices", "gates", "kind", "neuron_weights", "plan_ffn"]
+__all__ = ["Matrix", "count_wrong_choices", "expert_by_expert", "gates", "kind", "neuron_weights", "plan_ffn"]
 
 Matrix = npt.NDArray[np.float64]
 _NEURON_BLOCK = 1024  # bounds the float64 copies to three blocks of [1024, D]
@@ -24,9 +26,11 @@ def kind(plan: LayerPlan, *, num_neurons: int) -> str:
     """What must equal the dense FFN.
 
     "partition" (each neuron once, counting shared ones): with all experts on. "upcycling" (each virtual group holds
-    each neuron that is not shared once): as it is. "sharing" (overlapping experts, or neurons left out) and "changed"
-    (noise, redrawn neurons, a factor inside the activation): nothing does.
+    each neuron that is not shared once): as it is. "sharing" (overlapping experts, or neurons left out), "changed"
+    (noise, redrawn neurons, a factor inside the activation), "branches" (neurons of other checkpoints): nothing does.
     """
+    if plan.donors:
+        return "branches"
     if plan.redraw is not None or plan.noise is not None or (plan.spread == "cube_root" and plan.scale != 1.0):
         return "changed"
     shared = np.bincount(plan.shared, minlength=num_neurons)
@@ -68,24 +72,20 @@ def neuron_weights(plan: LayerPlan, gate_TE: Matrix, *, num_neurons: int) -> Mat
     return weight_TF + np.bincount(plan.shared, minlength=num_neurons)
 
 
-def changed_ffn(
-    x_TD: Matrix,
-    plan: LayerPlan,
-    gate_TE: Matrix,
-    *,
-    layer: int,
-    gate_FD: npt.NDArray[np.generic],
-    up_FD: npt.NDArray[np.generic],
-    down_DF: npt.NDArray[np.generic],
-) -> Matrix:
-    """[T, D] output in float64 of a plan that is "changed": every expert with weights of its own."""
-    only_shared = np.bincount(plan.shared, minlength=len(gate_FD)).astype(np.float64)
-    y_TD = plan_ffn(x_TD, gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF, weight_TF=only_shared[None])
+def expert_by_expert(x_TD: Matrix, plan: LayerPlan, gate_TE: Matrix, *, layer: int, ffns: Sequence[FFN]) -> Matrix:
+    """[T, D] output in float64 of a plan that is "changed" or of "branches": every expert with weights of its own.
+
+    `ffns` are the dense FFNs of the base and of each branch.
+    """
+    base = ffns[0]
+    only_shared = np.bincount(plan.shared, minlength=len(base.gate_FD)).astype(np.float64)
+    y_TD = plan_ffn(x_TD, gate_FD=base.gate_FD, up_FD=base.up_FD, down_DF=base.down_DF, weight_TF=only_shared[None])
     power = {"down": (0.0, 0.0, 1.0), "sqrt": (0.0, 0.5, 0.5), "cube_root": (1 / 3, 1 / 3, 1 / 3)}[plan.spread]
     for expert, neurons in enumerate(plan.experts):
+        ffn = ffns[plan.donors[expert]] if plan.donors else base
         gate_WD, up_WD, down_WD = (
             _changed(weights[neurons], plan, plan.scale ** power[number], layer=layer, expert=expert, number=number)
-            for number, weights in enumerate((gate_FD, up_FD, down_DF.T))
+            for number, weights in enumerate((ffn.gate_FD, ffn.up_FD, ffn.down_DF.T))
         )
         y_TD += gate_TE[:, expert, None] * plan_ffn(x_TD, gate_FD=gate_WD, up_FD=up_WD, down_DF=down_WD.T)
     return y_TD

@@ -85,7 +85,7 @@ def _stock_config(checkpoint: Checkpoint) -> Any:
 
 def _tensor(checkpoint: Checkpoint, name: str, *, rows: int | None = None) -> torch.Tensor:
     """A private copy: transformers may keep it as the parameter, and the file's pages are read-only."""
-    array = np.array(checkpoint.array(name)[:rows])
+    array = np.array(checkpoint.array(name, rows=rows))
     if checkpoint.tensors[name].dtype == "BF16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
