@@ -2,9 +2,10 @@
 
     python benchmarks/construction.py --shared ../shared --work DIR
 
-Every number comes through the real chain: prepare, calibrate, make_plan, convert, evaluate with the stock class. One
-file of results for each model and seed lies in DIR; the same command goes on after a stop, and writes
-docs/construction.md and docs/construction.json from what is there.
+Every number comes through the real chain: prepare, calibrate, make_plan, convert, evaluate with the stock class. DIR
+has one file of results for each model, share of active neurons and seed, saved after every method: the same command
+goes on after a stop, several with other --models or --seeds may run side by side, and each writes docs/construction.*
+from what is there.
 """
 
 # Threads are pinned before torch loads.
@@ -20,13 +21,13 @@ os.environ |= {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", 
 import argparse
 import json
 import math
-import platform
 import shutil
-import statistics
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,37 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from prismoe import Checkpoint, DomainSource, PrismoeError, account, convert, evaluate, make_plan, plan_shape, prepare
+import construction_table
+
+from prismoe import (
+    Checkpoint,
+    DomainSource,
+    Plan,
+    PrismoeError,
+    account,
+    convert,
+    evaluate,
+    make_plan,
+    plan_shape,
+    prepare,
+)
 from prismoe.calibrate import CalibrateConfig, calibrate
 from prismoe.calibrate.prompts import prompt_states
 from prismoe.data.reader import read_documents
-from prismoe.folder import versions, write_atomic, write_json_atomic
+from prismoe.data.tokenizer import DocumentTokenizer
+from prismoe.folder import write_atomic, write_json_atomic
+from prismoe.plan import Origin
 from prismoe.verify import verify
 
 OWN = "tinystories"  # what both models were trained on
 DOMAINS = (OWN, "arxiv", "books", "c4", "commoncrawl", "github", "stackexchange", "wikipedia")
-ROUTERS = ("auto", "random", "zero", "centroid", "prompts", "regressed")
-SCALES = ("none", "paper", "mean", "norm", "measured")
-TRAIN_CHARACTERS, HELD_CHARACTERS, HELD_TOKENS, CALIBRATION_TOKENS = 2000, 480, 1200, 8192
+ROUTERS = ("random", "zero", "centroid", "prompts", "regressed", "from", "auto")
+SCALES = ("none", "unit", "paper", "mean", "norm", "measured")
+# Held-out text: the first 127 tokens of each document, so that all windows are of one length and many documents count.
+SEQ_LEN, HELD_DOCUMENTS, OWN_DOCUMENTS = 128, 8, 32
+TRAIN_CHARACTERS, CALIBRATION_TOKENS = 2000, 8192
 QUANTITIES = ("activation", "importance", "marks", "coactivation", "inputs", "scores")
+NOWHERE = Origin(method="", arguments={}, seed=0, source="")
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ class Size:
     percent: int
     experts: int
     top_k: int
-    inter: tuple[int, int, int]
+    inter: tuple[int, int, int] = (0, 0, 0)
 
 
 # 172 = 4 · 43 neurons, 352 = 8 · 44.
@@ -68,6 +87,8 @@ SIZES = (
     Size("stories260K", 25, 4, 1, (8, 1, 20)),
     Size("babyllama105", 50, 8, 4, (8, 3, 64)),
     Size("babyllama105", 25, 8, 2, (8, 1, 48)),
+    Size("stories260K", 100, 4, 1),
+    Size("babyllama105", 100, 8, 1),
 )
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
@@ -79,214 +100,189 @@ METHODS: dict[str, dict[str, Any]] = {
     "router_first": {"method": "router_first"},
 }
 CONTROLS = ("random", "activation", "gradient")
+# Copies run at least one whole FFN a token: their rows are 100 %.
+COPIES: dict[str, dict[str, Any]] = {
+    "upcycle": {},
+    "upcycle noise=0.01": {"noise": 0.01},
+    "upcycle drop=0.5": {"drop": 0.5},
+    "upcycle granularity=2": {"granularity": 2, "top_k": 2, "permute": True},
+}
+
+Cells = dict[str, dict[str, Any]]
 
 
-def sizes(model: str) -> list[Size]:
-    return [size for size in SIZES if size.model == model]
-
-
-def combinations(size: Size) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """(name, arguments of make_plan, data clusters) of everything that is measured at one size."""
-    for by in CONTROLS:
-        yield f"prune|{by}", {"method": "prune", "by": by, "keep": size.percent / 100}, size.experts
+def groups(size: Size) -> Iterator[tuple[str, Cells]]:
+    """(method, arguments of make_plan by the name of the cell) of everything that is measured at one size."""
+    if size.percent == 100:
+        fixed = {"method": "upcycle", "num_experts": size.experts, "top_k": size.top_k}
+        yield "upcycle", {name: {**fixed, **arguments} for name, arguments in COPIES.items()}
+        return
+    yield "prune", {f"prune|{by}": {"method": "prune", "by": by, "keep": size.percent / 100} for by in CONTROLS}
     for name, arguments in METHODS.items():
         experts, top_k, shared = size.inter if arguments.get("mode") == "inter" else (size.experts, size.top_k, 0)
         fixed = {**arguments, "num_experts": experts, "top_k": top_k, **({"shared": shared} if shared else {})}
         own = arguments["method"] == "router_first"
-        for router in ROUTERS if own else ROUTERS[1:]:
-            yield f"{name}|{router}|paper", {**fixed, "router": router}, experts
-        for scale in SCALES:
-            if scale != "paper":  # the methods' own, measured above
-                router = "auto" if own else "random"
-                yield f"{name}|{router}|{scale}", {**fixed, "router": router, "scale": scale}, experts
+        yield (
+            name,
+            {
+                f"{name}|{router}|{scale}": {**fixed, "router": router, "scale": scale}
+                for router in (ROUTERS if own else ROUTERS[:-1])
+                for scale in (SCALES if router != "from" else ("paper", "measured"))
+            },
+        )
 
 
-def texts(shared: Path, work: Path) -> dict[str, DomainSource]:
-    """The beginnings of a few documents of each domain, so that many documents count and none counts alone."""
+def cut(text: str, tokenizer: DocumentTokenizer) -> str | None:
+    """The beginning of `text` that is exactly as many tokens as a window scores, or None where there is none."""
+
+    def count(length: int) -> int:
+        return len(tokenizer.encode([text[:length]])[0]) - 1 - (tokenizer.start_token is not None)
+
+    length = bisect_left(range(len(text)), SEQ_LEN - 1, key=count)
+    return text[:length] if length < len(text) and count(length) == SEQ_LEN - 1 else None
+
+
+def texts(shared: Path, out: Path, tokenizer: DocumentTokenizer) -> dict[str, DomainSource]:
+    """Calibration text and held-out text of each domain: beginnings of documents spread over its files."""
     found = {}
     for name in DOMAINS:
-        for split, file, count, length in (
-            ("train", "train-00000-of-00002", 30, TRAIN_CHARACTERS),
-            ("heldout", "heldout", 16, HELD_CHARACTERS),
-        ):
-            documents = [d.text for d in read_documents(shared / "corpora" / name / f"{file}.jsonl.zst")]
-            kept = documents[:: math.ceil(len(documents) / count)]
-            lines = "".join(json.dumps({"text": text[:length]}) + "\n" for text in kept)
-            write_atomic(work / "text" / f"{name}.{split}.jsonl", lines.encode())
-        paths = [str(work / "text" / f"{name}.{split}.jsonl") for split in ("train", "heldout")]
+        documents = [d.text for d in read_documents(shared / "corpora" / name / "train-00000-of-00002.jsonl.zst")]
+        train = [text[:TRAIN_CHARACTERS] for text in documents[:: math.ceil(len(documents) / 30)]]
+        documents = [d.text for d in read_documents(shared / "corpora" / name / "heldout.jsonl.zst")]
+        wanted = OWN_DOCUMENTS if name == OWN else HELD_DOCUMENTS
+        held = [part for text in documents[:: len(documents) // (wanted + 4)] if (part := cut(text, tokenizer))]
+        held = held[:wanted]
+        assert len(held) == wanted, (name, len(held))
+        for split, kept in (("train", train), ("heldout", held)):
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in kept)
+            write_atomic(out / f"{name}.{split}.jsonl", lines.encode())
+        paths = [str(out / f"{name}.{split}.jsonl") for split in ("train", "heldout")]
         found[name] = DomainSource(train=(paths[0],), heldout=(paths[1],))
     return found
 
 
 def prompts(shared: Path, experts: int) -> list[list[str]]:
     """For each expert the first sentences of two documents from every domain that falls to it."""
-    groups: list[list[str]] = [[] for _ in range(experts)]
+    lists: list[list[str]] = [[] for _ in range(experts)]
     for number, name in enumerate(DOMAINS):
         documents = read_documents(shared / "corpora" / name / "train-00001-of-00002.jsonl.zst")
-        groups[number % experts] += [d.text[:200] for d in islice(documents, 2)]
-    return groups
+        lists[number % experts] += [d.text[:200] for d in islice(documents, 2)]
+    return lists
 
 
-def measure(model: str, seed: int, *, shared: Path, work: Path) -> dict[str, Any]:
-    """Losses in nats a token by domain, for each size of one model under one seed."""
-    started, cpu = time.monotonic(), time.process_time()
-    source = Checkpoint.open(shared / "models" / model)
-    place = work / f"{model}-{seed}"
-    (place / "text").mkdir(parents=True, exist_ok=True)
-    prepare(texts(shared, place), tokenizer=source.folder, out=place / "data")
-    domains = [place / "data" / name for name in DOMAINS]
-    seq_len = min(256, source.family.max_positions)
-    found: dict[str, Any] = {"model": model, "seed": seed, "sizes": {}}
-    for size in sizes(model):
-        folders: dict[str, Any] = {"dense": source}
-        active, refused, verified = {}, {}, 0
-        for name, arguments, clusters in combinations(size):
-            statistics_of = place / f"calibration-{clusters}"
-            if not statistics_of.is_dir():
-                config = CalibrateConfig(
-                    quantities=QUANTITIES, clusters=clusters, max_tokens=CALIBRATION_TOKENS, seq_len=seq_len, seed=seed
-                )
-                calibrate(source, config, domains=domains, out=statistics_of)
-                prompt_states(source, prompts(shared, clusters), out=place / f"prompts-{clusters}.safetensors")
-            if arguments.get("router") == "prompts":
-                arguments["prompt_states"] = str(place / f"prompts-{clusters}.safetensors")
-            target = "dense" if "prune" in name else "granitemoeshared" if "shared" in arguments else "mixtral"
-            out = place / f"{size.percent}-{len(folders) + len(refused)}"
+class Part:
+    """One model at one share under one seed: its results so far, and the folders that they are made from."""
+
+    def __init__(self, size: Size, seed: int, shared: Path, work: Path) -> None:
+        self.size, self.seed, self.shared = size, seed, shared
+        self.source = Checkpoint.open(shared / "models" / size.model)
+        self.file = work / f"{size.model}-{size.percent}-{seed}.json"
+        self.place = work / f"{size.model}-{size.percent}-{seed}"
+        empty = {name: {} for name in ("losses", "errors", "same", "active", "refused")}
+        start = {"model": size.model, "percent": size.percent, "seed": seed, "done": [], "verified": 0, "cpu": 0.0}
+        self.found: dict[str, Any] = json.loads(self.file.read_bytes()) if self.file.is_file() else {**start, **empty}
+
+    def run(self) -> None:
+        todo = [(name, cells) for name, cells in groups(self.size) if name not in self.found["done"]]
+        if not todo:
+            return
+        (self.place / "text").mkdir(parents=True, exist_ok=True)
+        tokenizer = DocumentTokenizer.open(self.source.folder)
+        prepare(
+            texts(self.shared, self.place / "text", tokenizer), tokenizer=self.source.folder, out=self.place / "data"
+        )
+        self.domains = [self.place / "data" / name for name in DOMAINS]
+        for name, cells in todo:
+            cpu = time.process_time()
+            self.measure(name, cells)
+            self.found["cpu"] += time.process_time() - cpu
+            self.found["done"].append(name)
+            write_json_atomic(self.file, self.found)
+            print(f"{self.file.stem}: {name}, {time.process_time() - cpu:.0f} CPU-s", flush=True)
+        shutil.rmtree(self.place)
+
+    def measure(self, name: str, cells: Cells) -> None:
+        """Losses in nats a token by domain of the cells of one method; equal plans are measured once."""
+        folders: dict[str, Any] = {"dense": self.source}
+        if (self.place / "control").is_dir():  # first, so that differences are paired with it
+            folders = {"prune|activation": self.place / "control", **folders}
+        plans: dict[str, str] = {}
+        target = "dense" if name == "prune" else "granitemoeshared" if name == "gradient inter" else "mixtral"
+        for cell, arguments in cells.items():
             try:
-                plan = make_plan(source, seed=seed, calibration=statistics_of, **arguments)
-                convert(source, plan, target=target, out=out)
+                plan = self.plan(**arguments)
+                kept = plans.setdefault(sha256(replace(plan, origin=NOWHERE).to_bytes()).hexdigest(), cell)
+                if kept != cell:
+                    self.found["same"][cell] = kept
+                    continue
+                out = self.place / "models" / str(len(folders))
+                convert(self.source, plan, target=target, out=out)
             except PrismoeError as error:
-                refused[name] = str(error).replace(str(place), "")
+                self.found["refused"][cell] = str(error).replace(str(self.place), "")
                 continue
-            if seed == 0 and (name.endswith(("|paper", "|activation")) and ("prune" in name or "random|" in name)):
-                verified += verify(out, source=source, tokens=32).passed
-            counted = account(source.family, plan_shape(plan), target=target)
-            active[name.split("|")[0]] = round(counted.ffn_active_percent, 1)
-            folders[name] = out
-        scores = evaluate(folders, domains, seq_len=seq_len, max_tokens=HELD_TOKENS, batch_size=64, threads=1)
-        losses = {name: [round(scores.of(name, domain).loss, 4) for domain in DOMAINS] for name in folders}
-        found["tokens"] = [scores.of("dense", domain).scored_tokens for domain in DOMAINS]
-        rows = {"losses": losses, "active": active, "refused": refused, "verified": verified}
-        found["sizes"][str(size.percent)] = rows
-    shutil.rmtree(place)
-    return found | {"seconds": round(time.monotonic() - started), "cpu_seconds": round(time.process_time() - cpu)}
+            folders[cell] = out
+            if cell in (f"{name}|random|paper", "prune|activation") or name == "upcycle":
+                self.found["verified"] += verify(out, source=self.source, tokens=32).passed
+                counted = account(self.source.family, plan_shape(plan), target=target)
+                self.found["active"][cell.split("|")[0]] = round(counted.ffn_active_percent, 1)
+        scores = evaluate(folders, self.domains, seq_len=SEQ_LEN, batch_size=OWN_DOCUMENTS, threads=1)
+        by_model: dict[str, list[Any]] = {}
+        for score in scores.scores:
+            by_model.setdefault(score.model, []).append(score)
+        for cell, found in by_model.items():
+            self.found["losses"][cell] = [round(score.loss, 4) for score in found]
+            for kind in ("standard_error", "change_standard_error"):
+                errors = [getattr(score, kind) for score in found]
+                both = [round(errors[0], 4), round(math.hypot(*errors[1:]) / len(errors[1:]), 4)]
+                self.found["errors"].setdefault(kind, {})[cell] = both
+        self.found["tokens"] = [score.scored_tokens for score in by_model["dense"]]
+        if name == "prune":
+            folders["prune|activation"].rename(self.place / "control")
+        shutil.rmtree(self.place / "models")
 
+    def plan(self, **arguments: Any) -> Plan:
+        clusters = arguments.get("num_experts", self.size.experts)
+        router = arguments.get("router")
+        if arguments["method"] == "upcycle":
+            return make_plan(self.source, seed=self.seed, **arguments)
+        if router == "prompts":
+            arguments["prompt_states"] = str(self.place / f"prompts-{clusters}.safetensors")
+        elif router == "from":
+            arguments["router"] = f"from:{self.stored(arguments['num_experts'], arguments['top_k'])}"
+        return make_plan(self.source, seed=self.seed, calibration=self.calibration(clusters), **arguments)
 
-class Cells:
-    """Perplexities of one model at one size over the seeds, as text."""
+    def calibration(self, clusters: int) -> Path:
+        """Statistics with so many text clusters; and what the prompts of so many experts are to the model."""
+        out, states = self.place / f"calibration-{clusters}", self.place / f"prompts-{clusters}.safetensors"
+        if not states.is_file():
+            config = CalibrateConfig(
+                quantities=QUANTITIES,
+                clusters=clusters,
+                max_tokens=CALIBRATION_TOKENS,
+                seq_len=min(256, self.source.family.max_positions),
+                seed=self.seed,
+            )
+            calibrate(self.source, config, domains=self.domains, out=out)
+            prompt_states(self.source, prompts(self.shared, clusters), out=states)
+        return out
 
-    def __init__(self, parts: list[dict[str, Any]], percent: int) -> None:
-        self.rows = [part["sizes"][str(percent)] for part in parts]
-
-    def spread(self, name: str, domains: slice) -> tuple[float, float] | None:
-        """Mean and standard deviation over seeds of exp(mean loss over `domains`); None where it was refused."""
-        found = [row["losses"].get(name) for row in self.rows]
-        if None in found:
-            return None
-        values = [math.exp(statistics.fmean(losses[domains])) for losses in found]
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-    def text(self, name: str) -> str:
-        both = [self.spread(name, slice(0, 1)), self.spread(name, slice(1, None))]
-        return " · ".join("refused" if value is None else number(*value) for value in both)
-
-    def best(self, names: list[str], domains: slice) -> tuple[str, float]:
-        found = {name: value[0] for name in names if (value := self.spread(name, domains)) is not None}
-        name = min(found, key=lambda name: found[name])
-        return name, found[name]
-
-
-def number(mean: float, spread: float) -> str:
-    digits = 0 if mean >= 1000 else 1 if mean >= 100 else 2
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if spread else f"{mean:.{digits}f}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
-def section(size: Size, parts: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    """The tables of one model at one size, and a row of the summary."""
-    cells = Cells(parts, size.percent)
-    active = cells.rows[0]["active"]
-    by_router, by_scale = [], []
-    for name in METHODS:
-        label = f"{name} ({active[name]:g} %)"
-        own = name == "router_first"
-        routers = [cells.text(f"{name}|{router}|paper") if own or router != "auto" else "" for router in ROUTERS]
-        by_router.append([label, *routers[1:], routers[0]])
-        base = "auto" if own else "random"
-        by_scale.append([label, *(cells.text(f"{name}|{base}|{scale}") for scale in SCALES)])
-    fixed = [[f"prune by {by} ({size.percent} %)", cells.text(f"prune|{by}")] for by in CONTROLS]
-    text = "\n\n".join(
-        [
-            f"## {size.model}, {size.percent} % of the FFN active",
-            f"{size.experts} experts, top-{size.top_k}; gradient inter: {size.inter[0]} experts, top-{size.inter[1]}, "
-            f"{size.inter[2]} shared neurons.",
-            table(["beside", "perplexity"], [["dense parent", cells.text("dense")], *fixed]),
-            "Method × router initialisation, scale E/K:",
-            table(["method", *ROUTERS[1:], "the method's own"], by_router),
-            "Method × scale, the method's default router (random; router_first has its own):",
-            table(["method", *SCALES], by_scale),
-        ]
-    )
-    names = [name for name in cells.rows[0]["losses"] if name != "dense" and "prune" not in name]
-    controls, summary = [f"prune|{by}" for by in CONTROLS], [size.model, f"{size.percent} %"]
-    for domains in (slice(0, 1), slice(1, None)):
-        dense = cells.spread("dense", domains)
-        control, mixture = cells.best(controls, domains), cells.best(names, domains)
-        assert dense is not None
-        summary += [number(dense[0], 0)]
-        summary += [f"{number(value, 0)} ({name.replace('|', ', ')})" for name, value in (control, mixture)]
-        better = sum((value := cells.spread(name, domains)) is not None and value[0] < control[1] for name in names)
-        summary += [f"{better} of {len(names)}"]
-    return text, summary
-
-
-def document(parts: list[dict[str, Any]], reading: str) -> str:
-    bodies, summaries = [], []
-    for size in SIZES:
-        own = [part for part in parts if part["model"] == size.model]
-        if own:
-            text, summary = section(size, own)
-            bodies.append(text)
-            summaries.append(summary)
-    rows = [row for part in parts for row in part["sizes"].values()]
-    refused = sorted({f"- `{name}`: {why}" for row in rows for name, why in row["refused"].items()})
-    seeds = {part["model"]: [p["seed"] for p in parts if p["model"] == part["model"]] for part in parts}
-    scored = {part["model"]: f"{min(part['tokens'])} – {max(part['tokens'])}" for part in parts}
-    head = f"""# Perplexity before any training
-
-Written by `python benchmarks/construction.py --shared ../shared --work DIR`; [construction.json](construction.json) has
-the loss of every model, seed and domain.
-
-- Each cell: perplexity on TinyStories, which both were trained on · on the seven other domains (exp of the mean
-  of their losses a token). Mean ± standard deviation over seeds; lower is better. A seed draws all: split, router
-  rows, calibration text. Seeds: {listed(seeds)}.
-- The held-out text is the same for all: the first {HELD_CHARACTERS} characters of documents spread over each domain's
-  file. Scored tokens a domain: {listed(scored)}. That is little text: differences of a few percent mean nothing.
-- Calibration: {CALIBRATION_TOKENS} tokens, all eight domains in equal parts, as many text clusters as experts.
-- `prompts`: two documents' first 200 characters from each domain that falls to an expert.
-- `prune` is the static control: one smaller dense FFN, no router. In brackets: what is active of the FFN.
-- Upcycled copies activate a whole FFN each, so they cannot be here: they equal the dense row.
-- {sum(row["verified"] for row in rows)} conversions (of the first seed: each method with drawn rows and scale E/K, a
-  control) went through `verify` and passed.
-- {platform.machine()}, {os.cpu_count()} cores, one thread, {sum(part["cpu_seconds"] for part in parts)} CPU-seconds;
-  Python {platform.python_version()}, {listed(versions())}.
-
-## In short
-
-"""
-    columns = ["model", "active"]
-    for where in ("TinyStories", "seven"):
-        columns += [f"{where}: dense", "best control", "best mixture", "mixtures better than the control"]
-    ending = "\n\nRefused:\n\n" + "\n".join(refused) if refused else ""
-    return head + table(columns, summaries) + "\n\n" + reading + "\n\n" + "\n\n".join(bodies) + ending + "\n"
-
-
-def listed(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {str(value).strip('[]')}" for name, value in sorted(found.items()))
+    def stored(self, experts: int, top_k: int) -> Path:
+        """Rows for `from:FILE`: those fitted to the experts of a random split, foreign to every other split."""
+        path = self.place / f"rows-{experts}.plan"
+        if not path.is_file():
+            calibration = self.calibration(experts)
+            made = make_plan(
+                self.source,
+                method="random",
+                shared=self.source.family.intermediate_size % experts,
+                num_experts=experts,
+                top_k=top_k,
+                router="regressed",
+                seed=self.seed,
+                calibration=calibration,
+            )
+            made.save(path)
+        return path
 
 
 def main() -> None:
@@ -296,22 +292,12 @@ def main() -> None:
     parser.add_argument("--models", default="stories260K,babyllama105")
     parser.add_argument("--seeds", default="0,1,2", help="those to run; the tables show all that are there")
     arguments = parser.parse_args()
-    models = arguments.models.split(",")
+    arguments.work.mkdir(parents=True, exist_ok=True)
     for seed in map(int, arguments.seeds.split(",")):
-        for model in models:
-            part = arguments.work / f"{model}-{seed}.json"
-            if not part.is_file():
-                write_json_atomic(part, measure(model, seed, shared=arguments.shared, work=arguments.work))
-                print(f"{part.name} is there", flush=True)
-    parts = [json.loads(path.read_bytes()) for path in sorted(arguments.work.glob("*-[0-9]*.json"))]
-    reading = ROOT / "docs" / "construction-reading.md"
-    note = reading.read_text().strip() if reading.is_file() else ""
-    write_atomic(
-        ROOT / "docs" / "construction.md",
-        document(parts, note).encode(),
-    )
-    line = json.dumps({"domains": DOMAINS, "parts": parts}, separators=(",", ":")).replace('],"', '],\n"')
-    write_atomic(ROOT / "docs" / "construction.json", (line + "\n").encode())
+        for size in SIZES:
+            if size.model in arguments.models.split(","):
+                Part(size, seed, arguments.shared, arguments.work).run()
+    construction_table.write(arguments.work, ROOT / "docs")
 
 
 if __name__ == "__main__":
