@@ -31,13 +31,15 @@ def numbered(folder: Path, num_tokens: int, *, tokenizer: str = "t") -> Domain:
     np.array([[num_tokens, 1]], "<i8").tofile(folder / "train.ends")
     np.array([[2, 1]], "<i8").tofile(folder / "heldout.ends")
     counts = {"num_documents": 1, "num_bytes": 1, "num_unknown": 0}
+    splits = {"train": {"num_tokens": num_tokens, **counts}, "heldout": {"num_tokens": 2, **counts}}
     config = {
         "name": folder.name,
         "vocab_size": 1 << 20,
         "start_token": None,
         "end_token": 0,
         "tokenizer_sha256": tokenizer,
-        "splits": {"train": {"num_tokens": num_tokens, **counts}, "heldout": {"num_tokens": 2, **counts}},
+        "splits": splits,
+        "shards": {split: [{"name": split, "counts": found}] for split, found in splits.items()},
     }
     files = hash_files(folder, ["train.tokens", "train.ends", "heldout.tokens", "heldout.ends"])
     Manifest(kind="domain", parents={}, config=config, files=files).write(folder)

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.data.packing import Batch, read_rows
 from prismoe.data.permutation import floor_sum, permute, round_keys, splitmix
-from prismoe.data.shards import IGNORED, Domain
+from prismoe.data.shards import Domain
 from prismoe.data.weights import resolve_weights
 from prismoe.errors import InputError, PrismoeError, UsageError
 
@@ -35,20 +36,7 @@ IdArray = npt.NDArray[np.int64]
 _UNIT = 1 << 48  # weights and offsets are integers of this unit, so that counting is exact
 _GOLDEN = 173961102589771  # _UNIT / golden ratio, made odd: the rotation visits every offset
 
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One step of one rank.
-
-    `labels` stand at the position of their token, as stock `transformers` models take them (the model shifts by
-    one), and are -100 where nothing is to be learned. `domain_ids` index `Mixture.names`. `position_ids` count from 0
-    anew at each document where attention is to stay within documents (`attend="document"`), else they are None.
-    """
-
-    input_ids: IdArray  # [B, T]
-    labels: IdArray  # [B, T]
-    domain_ids: IdArray  # [B]
-    position_ids: IdArray | None = None  # [B, T]
+_PLANNED_ROWS = 4096  # planned ahead: a step's plan alone costs as much as reading its rows
 
 
 @dataclass(frozen=True)
@@ -111,9 +99,11 @@ class Mixture:
             None if attend == "sequence" else [domain.ends("train")[:, 0].view(np.ndarray) for domain in self.domains]
         )
         self._num_windows = np.array([-(-domain.num_tokens // seq_len) for domain in self.domains], np.int64)
+        self._last_G = np.array([domain.num_tokens - seq_len for domain in self.domains], np.int64)
         self._offset = int(round_keys("offset", seed)[0]) % _UNIT
         self._keys: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
         self._segments: list[_Segment] = []
+        self._planned: _Plan | None = None
         self.set_weights(0, weights)
 
     @property
@@ -149,6 +139,7 @@ class Mixture:
         boundaries = _boundaries(checked, self.names)
         drawn = self.counts(step) - self._points(step, boundaries)
         self._segments.append(_Segment(step, checked, boundaries, drawn))
+        self._planned = None  # what was planned for later steps has other weights now
 
     def restore(self, history: list[dict[str, Any]]) -> None:
         """Take over a saved `history`.
@@ -184,9 +175,18 @@ class Mixture:
                 f"step {step}, rank {rank} of {world}",
                 needed=f"a step from 0 and a number of ranks that divides the batch of {self.batch_size}",
             )
-        domain_ids, windows = self._plan(step)
-        rows = slice(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
-        return self._read(domain_ids[rows], windows[rows])
+        plan = self._plan(step)
+        if plan.over_S[step - plan.first]:
+            self.check(step + 1)
+        rows = step - plan.first, slice(rank * self.batch_size // world, (rank + 1) * self.batch_size // world)
+        return read_rows(
+            self._tokens,
+            plan.domain_ids_SB[rows],
+            plan.begins_SB[rows],
+            plan.skipped_SB[rows],
+            seq_len=self.seq_len,
+            ends=self._ends,
+        )
 
     def check(self, num_steps: int) -> None:
         """Refuse a run of `num_steps` that would read a domain more than `max_epochs` times, before it starts.
@@ -250,54 +250,58 @@ class Mixture:
     def _segment(self, step: int) -> _Segment:
         return next((s for s in reversed(self._segments) if s.step <= step), self._segments[0])
 
-    def _plan(self, step: int) -> tuple[IdArray, IdArray]:
-        """Domain and window number, [B] each, of the global batch."""
-        before, after = self.counts(step), self.counts(step + 1)
-        if (after > self.max_epochs * self._num_windows).any():
-            self.check(step + 1)
-        counts = after - before
-        row_keys = splitmix(np.arange(self.batch_size, dtype=np.uint64) + round_keys("rows", self.seed, step)[0])
-        domain_ids = np.repeat(np.arange(len(counts)), counts)[np.argsort(row_keys, kind="stable")]
+    def _plan(self, step: int) -> _Plan:
+        """Of `step` and of those after it under the same weights: together they cost far less than one by one."""
+        if self._planned is None or not 0 <= step - self._planned.first < len(self._planned.over_S):
+            self._planned = self._plan_from(step)
+        return self._planned
+
+    def _plan_from(self, step: int) -> _Plan:
+        number = max(1, _PLANNED_ROWS // self.batch_size)
+        segment = self._segment(step)
+        later = [other.step for other in self._segments if other.step > max(step, segment.step)]
+        steps = np.arange(step, min([step + number, *later]), dtype=np.uint64)
+        offset_S = (np.uint64(self._offset) + steps * np.uint64(_GOLDEN)) % np.uint64(_UNIT)  # 2^64 is a multiple
+        bounds = [divmod(self.batch_size * boundary, _UNIT) for boundary in segment.boundaries]
+        whole_G, part_G = (np.array(column, np.uint64) for column in zip(*bounds, strict=True))
+        below_SG = (whole_G + (offset_S[:, None] < part_G)).astype(np.int64)
+        counts_SG = np.diff(below_SG, axis=1, prepend=0)
+        after_SG = self.counts(step) + np.cumsum(counts_SG, axis=0)
+        row_keys_S = np.array([round_keys("rows", self.seed, int(s))[0] for s in steps])
+        row_keys_SB = splitmix(row_keys_S[:, None] + np.arange(self.batch_size, dtype=np.uint64))
+        shape = row_keys_SB.shape
+
+        def rows(values_SG: IdArray) -> IdArray:
+            """Each domain's value once for each of its rows, domain after domain."""
+            return np.repeat(values_SG.ravel(), counts_SG.ravel()).reshape(shape)
+
+        domains_SG = np.broadcast_to(np.arange(len(self.names)), counts_SG.shape)
+        ids_SB = np.take_along_axis(rows(domains_SG), np.argsort(row_keys_SB, axis=1, kind="stable"), axis=1)
         # The n-th row of a domain, counted from the start of the run, is its n-th draw.
-        number = np.empty(self.batch_size, np.int64)
-        number[np.argsort(domain_ids, kind="stable")] = np.arange(self.batch_size) + np.repeat(
-            before - np.cumsum(counts) + counts, counts
+        number_SB = np.empty(shape, np.int64)
+        drawn_SB = np.arange(self.batch_size) + rows(after_SG - below_SG)
+        np.put_along_axis(number_SB, np.argsort(ids_SB, axis=1, kind="stable"), drawn_SB, axis=1)
+        size_SB = self._num_windows[ids_SB]
+        epochs_SB, index_SB = np.divmod(number_SB, size_SB)
+        passes, which = np.unique(epochs_SB.ravel() * len(self.names) + ids_SB.ravel(), return_inverse=True)
+        keys = np.stack([self._pass_keys(int(code) % len(self.names), int(code) // len(self.names)) for code in passes])
+        windows = permute(
+            index_SB.ravel().astype(np.uint64), size_N=size_SB.ravel().astype(np.uint64), keys_NR=keys[which]
         )
-        size = self._num_windows[domain_ids]
-        epochs, index = np.divmod(number, size)
-        keys = np.stack([self._pass_keys(int(g), int(epoch)) for g, epoch in zip(domain_ids, epochs, strict=True)])
-        windows = permute(index.astype(np.uint64), size_N=size.astype(np.uint64), keys_NR=keys)
-        return domain_ids, windows.astype(np.int64)
+        starts_SB = windows.astype(np.int64).reshape(shape) * self.seq_len
+        begins_SB = np.minimum(starts_SB, self._last_G[ids_SB])
+        return _Plan(
+            first=step,
+            over_S=(after_SG > self.max_epochs * self._num_windows).any(axis=1),
+            domain_ids_SB=ids_SB,
+            begins_SB=begins_SB,
+            skipped_SB=starts_SB - begins_SB,
+        )
 
     def _pass_keys(self, domain: int, epoch: int) -> npt.NDArray[np.uint64]:
         if (domain, epoch) not in self._keys:
             self._keys[domain, epoch] = round_keys("windows", self.seed, self.names[domain], epoch)
         return self._keys[domain, epoch]
-
-    def _read(self, domain_ids: IdArray, windows: IdArray) -> Batch:
-        input_ids = np.empty((len(windows), self.seq_len), np.int64)
-        masked = []  # rows with ids at the front that the window before has already given
-        begins = []
-        for row, (g, window) in enumerate(zip(domain_ids.tolist(), windows.tolist(), strict=True)):
-            start = window * self.seq_len
-            begin = min(start, self.domains[g].num_tokens - self.seq_len)
-            input_ids[row] = self._tokens[g][begin : begin + self.seq_len]
-            begins.append(begin)
-            if begin < start:
-                masked.append((row, start - begin))
-        labels = input_ids.copy()
-        for row, count in masked:
-            labels[row, :count] = IGNORED
-        if self._ends is None:
-            return Batch(input_ids=input_ids, labels=labels, domain_ids=domain_ids)
-        position_ids = np.tile(np.arange(self.seq_len), (len(windows), 1))
-        for row, (g, begin) in enumerate(zip(domain_ids.tolist(), begins, strict=True)):
-            first, last = np.searchsorted(self._ends[g], [begin + 1, begin + self.seq_len])
-            starts = self._ends[g][first:last] - begin  # of the documents that begin inside the window
-            labels[row, starts] = IGNORED
-            lengths = np.diff(starts, prepend=0, append=self.seq_len)
-            position_ids[row] -= np.repeat(np.concatenate([[0], starts]), lengths)
-        return Batch(input_ids=input_ids, labels=labels, domain_ids=domain_ids, position_ids=position_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,6 +315,17 @@ class _Segment:
     weights: dict[str, float]
     boundaries: list[int]  # cumulative weights in units, one per domain
     drawn: IdArray
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Where the rows of consecutive steps are read, and which steps would read a domain too often."""
+
+    first: int
+    over_S: npt.NDArray[np.bool_]
+    domain_ids_SB: IdArray
+    begins_SB: IdArray
+    skipped_SB: IdArray  # ids at the front of a row that the window before has already given
 
 
 def _boundaries(weights: Mapping[str, float], names: tuple[str, ...]) -> list[int]:

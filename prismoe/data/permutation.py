@@ -46,7 +46,8 @@ def permute(index_N: U64Array, *, size_N: U64Array, keys_NR: U64Array) -> U64Arr
     A Feistel network permutes the next power of four; values outside the range walk on along their cycle until they
     are inside (Black and Rogaway 2002), at most four steps on average. No table: any position costs the same.
     """
-    half_N = np.array([max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in size_N], np.uint64)
+    sizes, which = np.unique(size_N, return_inverse=True)
+    half_N = np.array([max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in sizes], np.uint64)[which]
     mask_N = (np.uint64(1) << half_N) - np.uint64(1)
     value_N = index_N.astype(np.uint64)
     todo = np.arange(len(value_N))

@@ -5,6 +5,7 @@ A file holds what `reference_loss` measured; a mapping in a config holds numbers
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -75,10 +76,11 @@ _HINT = "`prismoe reference-loss MODEL DATA --out reference.json` writes one"
 
 
 def heldout_sha256(domain: Domain) -> str:
-    """What identifies the held-out text of a prepared domain: the sha256 of its tokens, from the manifest."""
+    """What identifies the held-out text of a prepared domain: a hash over those of its files, from the manifest."""
     manifest = Manifest.read(domain.folder)
     assert manifest is not None, "an opened domain has a manifest"
-    return manifest.files["heldout.tokens"]["sha256"]
+    hashes = [entry["sha256"] for name, entry in sorted(manifest.files.items()) if name.startswith("heldout")]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def resolve_reference(
