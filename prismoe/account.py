@@ -83,6 +83,7 @@ def account(
     vectors = sum(sizes[name] for name, dims in tensor_shapes(dense).items() if len(dims) == 1)
     head = dense.vocab_size * hidden if dense.tie_embeddings else 0
     embedding = dense.vocab_size * hidden
+    read = total_dense + shape.num_branches * layers * ffn  # averaged attention and embeddings are little beside it
     item = ITEM_BYTES.get(dense.dtype or "", 2)
     disk = (total + padding) * item
     verdicts = {name: other.objections(dense, shape) for name, other in all_targets().items()}
@@ -98,7 +99,7 @@ def account(
         dense_flops_per_token=2 * (total_dense - vectors - embedding + head),
         disk_bytes=disk,
         ram_bytes=disk,
-        convert_seconds=(total_dense * item + disk) / BYTES_PER_SECOND,
+        convert_seconds=(read * item + disk) / BYTES_PER_SECOND,
         accepted_by=tuple(name for name, found in verdicts.items() if not found),
         objections={name: found for name, found in verdicts.items() if found},
         notes=notes,

@@ -14,7 +14,7 @@ from prismoe.errors import InputError, UsageError
 from prismoe.folder import Manifest
 from prismoe.progress import Progress, quiet
 from prismoe.state import STATE, read_state
-from prismoe.views import summary, view
+from prismoe.views import branch_rows, summary, view
 
 __all__ = ["describe", "show", "show_comparison"]
 
@@ -99,6 +99,12 @@ def _model(subject: str | Path, manifest: Manifest | None, *, offline: bool) -> 
         facts["active_parameters"] = facts["parameters"] - routed * (experts - active) // experts
     if manifest is not None:
         facts["made_by"] = {"kind": manifest.kind, "parents": manifest.parents, "versions": manifest.versions}
+        if "branch 1" in manifest.parents:
+            from prismoe.convert.job import PLAN
+            from prismoe.plan import Plan
+            from prismoe.plan.branches import branch_facts
+
+            facts |= branch_facts(Plan.load(checkpoint.folder / PLAN))
         from prismoe.verify.certificate import Certificate
 
         certificate = Certificate.read(checkpoint.folder)
@@ -176,6 +182,7 @@ def _show_model(screen: Screen, found: dict[str, Any]) -> None:
     rows["fingerprint"] = found["fingerprint"][:16]
     if "made_by" in found:
         rows["made by"] = f"prismoe {found['made_by']['kind']}"
+    rows |= branch_rows(found)
     screen.pairs(rows)
     if found.get("certificate"):
         view(screen, "verify", found["certificate"])

@@ -11,7 +11,7 @@ from prismoe.console import Screen, bytes_text
 from prismoe.errors import ResourceError, UsageError
 from prismoe.folder import MANIFEST, write_atomic
 from prismoe.progress import Progress, quiet
-from prismoe.views import summary
+from prismoe.views import branch_rows, summary
 
 if TYPE_CHECKING:
     from prismoe.plan.anatomy import Anatomy
@@ -41,13 +41,19 @@ def describe_plan(
     """
     from prismoe.plan import Plan, plan_shape
     from prismoe.plan.anatomy import calibration_beside, plan_anatomy
+    from prismoe.plan.branches import branch_facts
 
     if picture is not None and Path(picture).suffix not in (".png", ".svg"):
         raise UsageError(f"{str(picture)!r}", where="--out", needed="a name that ends in .png or .svg")
     plan = Plan.load(path)
     statistics, notes = (calibration, []) if calibration is not None else calibration_beside(path, plan)
     anatomy = plan_anatomy(plan, calibration=statistics, on_progress=on_progress)
-    facts: dict[str, Any] = {"kind": "plan", **asdict(plan.origin), "shape": asdict(plan_shape(plan))}
+    facts: dict[str, Any] = {
+        "kind": "plan",
+        **asdict(plan.origin),
+        **branch_facts(plan),
+        "shape": asdict(plan_shape(plan)),
+    }
     facts |= {"bytes": path.stat().st_size, "num_neurons": plan.num_neurons, "anatomy": anatomy.to_dict()}
     drawn = _draw(anatomy, path, picture, notes, title=summary("plan", facts)) if draw or picture is not None else None
     return {**facts, "picture": None if drawn is None else str(drawn), "notes": notes}
@@ -88,6 +94,7 @@ def show_plan(screen: Screen, found: dict[str, Any]) -> None:
             "arguments": ", ".join(f"{key}={value}" for key, value in found["arguments"].items()) or "none",
             "layers that stay dense": ", ".join(map(str, dense)) or "none",
             "made for": f"checkpoint {found['source'][:16]}",
+            **branch_rows(found),
             "size": bytes_text(found["bytes"]),
         }
     )

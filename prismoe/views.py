@@ -9,7 +9,7 @@ from rich.text import Text
 
 from prismoe.console import Screen, bytes_text, count_text, seconds_text
 
-__all__ = ["summary", "view"]
+__all__ = ["branch_rows", "summary", "view"]
 
 Receipt = Mapping[str, Any]
 
@@ -35,7 +35,19 @@ def _plan_line(receipt: Receipt) -> str:
     return f"{receipt['method']}: {experts}, top-{shape['top_k']}, {layers}, seed {receipt['seed']}"
 
 
+def branch_rows(receipt: Receipt) -> dict[str, str]:
+    """The checkpoints that a plan or a mixture is made of beside its source, and what everything else is."""
+    names = [f"{row['name']} ({row['fingerprint'][:12]})" for row in receipt.get("branches", ())]
+    rows = {f"branch {number}": name for number, name in enumerate(names, start=1)}
+    if "rest" in receipt:
+        parts = ["the base" if number == 0 else f"branch {number}" for number in receipt["rest"]]
+        rows["all but the experts"] = parts[0] if len(parts) == 1 else f"mean of {', '.join(parts)}"
+    return rows
+
+
 def _plan(screen: Screen, receipt: Receipt) -> None:
+    if branches := branch_rows(receipt):
+        screen.pairs(branches)
     counts = receipt["account"]
     total, dense = counts["total_parameters"], counts["dense_parameters"]
     active = f"{count_text(counts['active_parameters'])} ({100 * counts['active_parameters'] / total:.1f} %)"
@@ -86,6 +98,7 @@ def _convert_line(receipt: Receipt) -> str:
 
 def _convert(screen: Screen, receipt: Receipt) -> None:
     rows = {"folder": receipt["out"], "experts": f"{receipt['num_experts']}, top-{receipt['top_k']}"}
+    rows |= branch_rows(receipt)
     if receipt.get("absorb"):
         rows["shared neurons"] = "in every expert"
     if receipt["kept_shards"]:

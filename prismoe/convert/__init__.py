@@ -30,7 +30,7 @@ class Conversion:
     `state` is "written", "already complete" or "dry run"; `kept_shards` were finished by an earlier, stopped run.
     `portability` says which engines run it right. `dropped` are source tensors that the converted model does not need.
     `free_bytes` is what the disk had before. `branches` are the checkpoints beside the source that experts are made of:
-    folder and fingerprint, in the order of the plan.
+    folder (`name`) and `fingerprint`, in the order of the plan.
     """
 
     out: str
@@ -39,7 +39,7 @@ class Conversion:
     state: str
     num_experts: int
     top_k: int
-    branches: dict[str, str]
+    branches: tuple[dict[str, str], ...]
     num_tensors: int
     num_shards: int
     kept_shards: int
@@ -111,7 +111,7 @@ def _receipt(job: Job, out: Path, written: Written, *, free: int, started: float
         state=written.state,
         num_experts=plan_shape(job.plan).num_experts,
         top_k=job.plan.top_k,
-        branches={str(branch.folder): branch.fingerprint for branch in job.checkpoint.donors[1:]},
+        branches=tuple({"name": str(b.folder), "fingerprint": b.fingerprint} for b in job.checkpoint.donors[1:]),
         num_tensors=sum(len(shard.keys) for shard in job.shards),
         num_shards=len(job.shards),
         kept_shards=written.kept_shards,

@@ -137,7 +137,7 @@ class Work:
 def _plan(work: Work) -> dict[str, Any]:
     from prismoe.account import account
     from prismoe.plan import plan_shape
-    from prismoe.plan.branches import alike_branches
+    from prismoe.plan.branches import alike_branches, branch_facts
     from prismoe.portability import portability
     from prismoe.target import absorbed
 
@@ -152,7 +152,7 @@ def _plan(work: Work) -> dict[str, Any]:
     if work.out is not None and not work.dry_run:
         plan.save(work.out / PLAN)
     origin = asdict(plan.origin)
-    named = {**origin, "source_name": str(work.config.source), "shape": asdict(shape)}
+    named = {**origin, **branch_facts(plan), "source_name": str(work.config.source), "shape": asdict(shape)}
     return {**named, "account": counted, "portability": engines, "warnings": alike_branches(plan)}
 
 
