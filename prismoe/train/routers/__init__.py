@@ -9,7 +9,7 @@ without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +19,7 @@ from prismoe.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AllReduce", "Moment", "Policy", "Routed", "Router", "arguments_of", "attach_policy", "identity"]
+__all__ = ["AllReduce", "Change", "Moment", "Policy", "Routed", "Router", "arguments_of", "attach_policy", "identity"]
 
 _T = TypeVar("_T")
 
@@ -64,19 +64,22 @@ class Router:
     """One stock router while it is watched: what it said in the latest forward pass.
 
     `logits_TE` are the stock router's raw logits with their graph; `chosen_TK` and `weights_TK` are what the experts
-    got. `changes` are called in order, in training mode only: (router, hidden states [T, D], routed) -> routed.
+    got. `changes` are called in order, in training mode only. `learns` is false for a router that is meant to stay.
     """
 
     name: str
     module: torch.nn.Module
     num_experts: int
     top_k: int
-    changes: list[Callable[[Router, torch.Tensor, Routed], Routed]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    learns: bool = True
+    _logits: torch.Tensor | None = None
     _latest: Routed | None = None
 
     @property
     def logits_TE(self) -> torch.Tensor:
-        return self._routed.logits_TE
+        assert self._logits is not None, f"{self.name} has not been run"
+        return self._logits
 
     @property
     def chosen_TK(self) -> torch.Tensor:
@@ -94,6 +97,7 @@ class Router:
     def keep(self, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         """A forward hook: stock routers return (logits, weights, chosen experts)."""
         self._latest = Routed(*output)
+        self._logits = self._latest.logits_TE
         if not (module.training and self.changes):
             return None
         hidden_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
@@ -103,14 +107,18 @@ class Router:
 
     def forget(self) -> None:
         """Drop the latest forward pass, so that its graph can be freed."""
-        self._latest = None
+        self._logits = self._latest = None
+
+
+Change = Callable[[Router, Any, Routed], Routed]
+"""(router, hidden states [T, D], routed) -> routed: what a policy makes of a router's output."""
 
 
 class Policy:
     """A policy at work on the routers of one model. On its own it does nothing.
 
-    Called in this order: for each micro-batch `begin`, the model's forward pass, `loss`, `metrics`; after the optimizer
-    step `after_step`; at the end of the run `detach`.
+    Called in this order: for each micro-batch `begin`, the model's forward pass, `loss`; when all gradients are there
+    `metrics` and `before_step`; after the optimizer's step `after_step`; at the end of the run `detach`.
     """
 
     def __init__(self, routers: Sequence[Router]) -> None:
@@ -139,6 +147,12 @@ class Policy:
     def state(self) -> dict[str, torch.Tensor]:
         """What else belongs to the training state: tensors that are filled in place when a run is resumed."""
         return {}
+
+    def before_step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """All gradients of the step are there and not yet clipped: some may be dropped.
+
+        `parameters` are the model's; a parameter whose `grad` is None is neither updated nor decayed.
+        """
 
     def after_step(self) -> None:
         """The optimizer has made its step."""
@@ -173,6 +187,11 @@ class _Together(Policy):
 
     def state(self) -> dict[str, torch.Tensor]:
         return self._all(lambda policy: policy.state())
+
+    def before_step(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        parameters = list(parameters)
+        for policy in self._policies.values():
+            policy.before_step(parameters)
 
     def after_step(self) -> None:
         for policy in self._policies.values():

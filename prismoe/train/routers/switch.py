@@ -32,7 +32,9 @@ def _sums(logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
     """Assignments and summed probabilities of each expert, one after the other [2E]: what is additive over tokens."""
     import torch
 
-    wide_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    from prismoe.train.weighting import at_least_float32
+
+    wide_TE = at_least_float32(logits_TE)
     count_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1]).to(wide_TE.dtype)
     return torch.cat([count_E, torch.softmax(wide_TE, dim=-1).sum(dim=0)])
 
@@ -56,6 +58,8 @@ class Switch(Policy):
     def loss(self) -> torch.Tensor:
         import torch
 
+        if not self.routers:
+            return super().loss()
         # One collective for all layers.
         sums = torch.stack([_sums(router.logits_TE, router.chosen_TK) for router in self.routers])
         return self._coefficient * _terms(self._all_reduce(sums)).sum()
