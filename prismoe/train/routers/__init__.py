@@ -65,6 +65,7 @@ class Router:
 
     `logits_TE` are the stock router's raw logits with their graph; `chosen_TK` and `weights_TK` are what the experts
     got. `changes` are called in order, in training mode only. `learns` is false for a router that is meant to stay.
+    `factor` multiplies the weights on their way to the experts, in either mode (see `train.unfold`).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Router:
     top_k: int
     changes: list[Change] = field(default_factory=list)
     learns: bool = True
+    factor: float = 1.0
     _logits: torch.Tensor | None = None
     _latest: Routed | None = None
 
@@ -98,12 +100,13 @@ class Router:
         """A forward hook: stock routers return (logits, weights, chosen experts)."""
         self._latest = Routed(*output)
         self._logits = self._latest.logits_TE
-        if not (module.training and self.changes):
+        changes = self.changes if module.training else []
+        if not changes and self.factor == 1.0:
             return None
         hidden_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
-        for change in self.changes:
+        for change in changes:
             self._latest = change(self, hidden_TD, self._latest)
-        return self._latest.logits_TE, self._latest.weights_TK, self._latest.chosen_TK
+        return self._latest.logits_TE, self._latest.weights_TK * self.factor, self._latest.chosen_TK
 
     def forget(self) -> None:
         """Drop the latest forward pass, so that its graph can be freed."""
