@@ -1,9 +1,13 @@
-"""Conversion against `cp`, in one run and interleaved: wall time with fsync, anonymous memory, bytes from the kernel.
+"""Conversion against `cp` and against other converters, in one run and interleaved: wall time with fsync, CPU seconds,
+anonymous memory, bytes from the kernel.
 
-    python benchmarks/convert.py --work DIR           # P4 and P5: 2.2 GB checkpoint, 8 experts and ×4 upcycling
+    python benchmarks/convert.py --work DIR           # P4 and P5: 2.2 GB checkpoint, 8 and 16 experts, ×4 and ×8 copies
+    python benchmarks/convert.py --work DIR --peer-llama-moe CHECKOUT --peer-mergekit VENV/bin/mergekit-moe
+    python benchmarks/convert.py --work DIR --cores   # the same work on one core and on all
     python benchmarks/convert.py --work DIR --wide    # 70B-shaped: planning on shapes, two layers of bytes
 
 Page cache warm for everything that is read. Every output is synced inside the measured time and deleted afterwards.
+What the peers need is in benchmarks/converters.py; one that is not named is printed as missing, which is no pass.
 """
 
 from __future__ import annotations
@@ -18,16 +22,21 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from converters import Cost, Missing, llama_moe, mergekit, sync, watch
 from synthetic import SHAPES, Shape, synthetic
 
 MEMORY_GOAL = 0.25e9
 CONVERT = """
-import sys, json
+import json, os, sys
+if sys.argv[5:]:
+    os.sched_setaffinity(0, map(int, sys.argv[5:]))
 from prismoe.convert import convert
 from prismoe.plan import make_plan
-source, out, method, experts = sys.argv[1:]
+source, out, method, experts = sys.argv[1:5]
 plan = make_plan(source, method=method, num_experts=int(experts))
 receipt = convert(source, plan, out=out)
 io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
@@ -45,36 +54,17 @@ print(time.perf_counter() - started, sum(len(shard.keys) for shard in job.shards
 """
 
 
-def run(code: str, *arguments: str) -> tuple[float, int, str]:
-    """Wall seconds from start to exit of a Python process, its peak anonymous bytes (sampled at 50 Hz), its output."""
-    started = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    with subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, env=environment) as child:
-        peak = 0
-        while child.poll() is None:
-            try:
-                status = Path(f"/proc/{child.pid}/status").read_text()
-                ours = [line.split() for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))]
-                peak = max(peak, sum(int(kib) * 1024 for _, kib, _ in ours))
-            except OSError:  # it has just ended
-                pass
-            time.sleep(0.02)
-        wall = time.perf_counter() - started
-        assert child.stdout is not None
-        output = child.stdout.read().decode()
-    if child.returncode:
-        raise SystemExit(f"conversion failed with {child.returncode}")
-    return wall, peak, output
+def run(code: str, *arguments: object) -> Cost:
+    """A Python process of ours."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return watch(command, environment={"PYTHONPATH": str(Path(__file__).resolve().parents[1])})
 
 
 def copy(source: Path, out: Path) -> float:
     """Wall seconds of `cp -r` and an fsync of every file."""
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
-    for path in out.iterdir():
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    sync(out)
     return time.perf_counter() - started
 
 
@@ -105,16 +95,31 @@ def machine(work: Path) -> dict[str, float]:
     return rates
 
 
-def compare(work: Path, source: Path, method: str, experts: int, *, copied: str, rounds: int) -> dict[str, object]:
-    """Ours and `cp` of the input or of the output, one after the other, `rounds` times."""
-    ours, theirs, peaks, facts = [], [], [], {}
+def compare(
+    work: Path,
+    source: Path,
+    method: str,
+    experts: int,
+    *,
+    copied: str,
+    rounds: int,
+    peer: Any = None,
+    peer_rounds: int = 1,
+) -> dict[str, object]:
+    """Ours, `cp` of the input or of the output, and in the first rounds a peer, one after the other, `rounds` times.
+
+    `peer(source, out, experts=, work=)` gives its `Cost`.
+    """
+    ours: list[Cost] = []
+    theirs: list[float] = []
+    peers: list[Cost] = []
+    missing = "none for this case" if peer is None else ""
+    facts: dict[str, int] = {}
     out, twin = work / "out", work / "twin"
-    for _ in range(rounds):
+    for number in range(rounds):
         clear(out)
-        wall, peak, output = run(CONVERT, str(source), str(out), method, str(experts))
-        facts = json.loads(output)
-        ours.append(wall)
-        peaks.append(peak)
+        ours.append(run(CONVERT, source, out, method, experts))
+        facts = json.loads(ours[-1].output)
         os.sync()
         # Reading the output back puts it into the page cache, which direct writes leave alone: cp gets it warm.
         for path in out.glob("*.safetensors") if copied == "output" else ():
@@ -123,25 +128,59 @@ def compare(work: Path, source: Path, method: str, experts: int, *, copied: str,
                     pass
         theirs.append(copy(source if copied == "input" else out, twin))
         clear(twin)
-    clear(out)
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        clear(out)
+        if number < peer_rounds and not missing:
+            try:
+                peers.append(peer(source, out, experts=experts, work=work))
+            except Missing as error:
+                missing = str(error)
+            clear(out)
     size_in = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    return {
+    median = statistics.median(cost.wall for cost in ours)
+    found: dict[str, object] = {
         "case": f"{method} {experts}",
+        "load": os.getloadavg()[0],
         "input_GB": size_in / 1e9,
         "output_GB": facts["total"] / 1e9,
-        "ours_s": ours,
+        "ours_s": [cost.wall for cost in ours],
+        "ours_cpu_s": [cost.cpu for cost in ours],
         "cp_s": theirs,
-        "ours_median_s": statistics.median(ours),
-        f"cp_{copied}_median_s": statistics.median(theirs),
-        "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
-        "ratios": ratios,
-        "write_GB_per_s": facts["total"] / 1e9 / statistics.median(ours),
-        "peak_anonymous_MB": max(peaks) / 1e6,
-        "memory_goal_met": max(peaks) <= MEMORY_GOAL,
+        f"ratio_to_cp_{copied}": median / statistics.median(theirs),
+        "write_GB_per_s": facts["total"] / 1e9 / median,
+        "cpu_s_per_output_GB": min(cost.cpu for cost in ours) / (facts["total"] / 1e9),
+        "peak_anonymous_MB": max(cost.anonymous for cost in ours) / 1e6,
+        "memory_goal_met": max(cost.anonymous for cost in ours) <= MEMORY_GOAL,
         "written_per_output_byte": facts["write_bytes"] / facts["total"],
         "read_from_disk_per_input_byte": facts["read_bytes"] / size_in,
     }
+    if missing:
+        return {**found, "peer": missing}
+    return {
+        **found,
+        "peer_s": [cost.wall for cost in peers],
+        "peer_cpu_s": [cost.cpu for cost in peers],
+        "peer_anonymous_GB": max(cost.anonymous for cost in peers) / 1e9,
+        "times_faster_than_peer": statistics.median(cost.wall for cost in peers) / median,
+        "times_less_cpu_than_peer": min(cost.cpu for cost in peers) / min(cost.cpu for cost in ours),
+    }
+
+
+def scaling(work: Path, source: Path, *, rounds: int) -> dict[str, object]:
+    """Wall seconds of the same conversions held to one core and on all, interleaved."""
+    found: dict[str, object] = {"case": "cores", "load": os.getloadavg()[0]}
+    every = sorted(os.sched_getaffinity(0))
+    for method, experts in (("random", 8), ("upcycle", 4)):
+        walls: dict[int, list[float]] = {1: [], len(every): []}
+        for _ in range(rounds):
+            for count, taken in walls.items():
+                clear(work / "out")
+                taken.append(run(CONVERT, source, work / "out", method, experts, *every[:count]).wall)
+        for count, taken in walls.items():
+            found[f"{method}_{experts}_on_{count}_s"] = taken
+        one, all_of_them = (statistics.median(taken) for taken in walls.values())
+        found[f"{method}_{experts}_times_faster_on_{len(every)}"] = one / all_of_them
+    clear(work / "out")
+    return found
 
 
 def show(result: dict[str, object]) -> None:
@@ -159,31 +198,44 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22, help="22 is 2.2 GB")
     parser.add_argument("--wide", action="store_true", help="70B widths: plan on shapes, convert two layers")
     parser.add_argument("--only", choices=("partition", "upcycle"))
+    parser.add_argument("--cores", action="store_true", help="one core against all")
+    parser.add_argument("--peer-llama-moe", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--peer-mergekit", type=Path, metavar="COMMAND")
+    parser.add_argument("--peer-rounds", type=int, default=1, help="rounds in which the peer runs too; it takes long")
     given = parser.parse_args()
     work = given.work
     work.mkdir(parents=True, exist_ok=True)
     source = work / "source"
     clear(source)
     show({"case": "machine, GB/s", "cores": os.cpu_count(), "load": os.getloadavg()[0], **machine(work)})
+    rounds = {"rounds": given.rounds, "peer_rounds": given.peer_rounds}
     try:
         if given.wide:
-            synthetic(source, SHAPES["70b"], shards=30, sparse=True)
-            _, peak, output = run(PLAN, str(source))
-            seconds, tensors, total = output.split()
-            plan = {"case": "70B: plan and layout on shapes", "seconds": float(seconds), "tensors": int(tensors)}
-            show({**plan, "output_GB": float(total) / 1e9, "peak_anonymous_MB": peak / 1e6})
-            clear(source)
-            synthetic(source, Shape(**{**vars(SHAPES["70b"]), "layers": 2}))
-            show(compare(work, source, "random", 16, copied="input", rounds=given.rounds))
-        else:
-            synthetic(source, Shape(**{**vars(SHAPES["1b"]), "layers": given.layers}))
-            if given.only != "upcycle":
-                show(compare(work, source, "random", 8, copied="input", rounds=given.rounds))
-                show(compare(work, source, "random", 16, copied="input", rounds=given.rounds))
-            if given.only != "partition":
-                show(compare(work, source, "upcycle", 4, copied="output", rounds=given.rounds))
+            wide(work, source, rounds=given.rounds)
+            return
+        synthetic(source, Shape(**{**vars(SHAPES["1b"]), "layers": given.layers}))
+        if given.cores:
+            show(scaling(work, source, rounds=given.rounds))
+            return
+        split, copies = partial(llama_moe, given.peer_llama_moe), partial(mergekit, given.peer_mergekit)
+        for experts in (8, 16) if given.only != "upcycle" else ():
+            show(compare(work, source, "random", experts, copied="input", peer=split, **rounds))
+        for experts in (4, 8) if given.only != "partition" else ():
+            show(compare(work, source, "upcycle", experts, copied="output", peer=copies, **rounds))
     finally:
         clear(source)
+
+
+def wide(work: Path, source: Path, *, rounds: int) -> None:
+    """70B widths: plan and layout of all layers on shapes alone, then two layers of bytes."""
+    synthetic(source, SHAPES["70b"], shards=30, sparse=True)
+    cost = run(PLAN, source)
+    seconds, tensors, total = cost.output.split()
+    plan = {"case": "70B: plan and layout on shapes", "seconds": float(seconds), "tensors": int(tensors)}
+    show({**plan, "output_GB": float(total) / 1e9, "peak_anonymous_MB": cost.anonymous / 1e6})
+    clear(source)
+    synthetic(source, Shape(**{**vars(SHAPES["70b"]), "layers": 2}))
+    show(compare(work, source, "random", 16, copied="input", rounds=rounds))
 
 
 if __name__ == "__main__":
