@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prismoe.evaluate import Scores, evaluate
     from prismoe.importing import Imported, import_checkpoint
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
+    from prismoe.reference import reference_loss
     from prismoe.report import write_report
     from prismoe.run import Run, run
     from prismoe.stats.calibration import Calibration
@@ -73,6 +74,7 @@ __all__ = [
     "plan_shape",
     "prepare",
     "pretrain",
+    "reference_loss",
     "run",
     "verify",
     "write_report",
@@ -94,6 +96,7 @@ _HOMES = {
     "evaluate": ("Scores", "evaluate"),
     "importing": ("Imported", "import_checkpoint"),
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
+    "reference": ("reference_loss",),
     "report": ("write_report",),
     "run": ("Run", "run"),
     "stats.calibration": ("Calibration",),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.verbs import folders, machine, show, stages
+from prismoe.verbs import folders, machine, mixing, show, stages
 from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ VERBS: dict[str, Verb] = {
     "run": Verb(stages.stages, "all of these into one run folder, finished stages kept", ("plan", "convert", "data")),
     "import": Verb(folders.import_, "a LLaMA-MoE checkpoint as a stock mixture", options="ImportOptions"),
     "densify": Verb(folders.densify, "lay the experts together again: a dense model", options="DensifyOptions"),
+    "reference-loss": Verb(
+        mixing.reference_loss,
+        "MODEL DATA: held-out losses by domain, for dynamic mixing rules",
+        options="ReferenceOptions",
+    ),
     "show": Verb(
         show.show, "describe a run, a model, a plan (with a picture), a domain or a config", options="ShowOptions"
     ),
@@ -89,7 +94,7 @@ options:
 def help_text(verb: str | None = None) -> str:
     """The page of `prismoe --help`, or of one verb with every config key that it reads."""
     if verb is None:
-        rows = "\n".join(f"  {name:<10} {found.what}" for name, found in VERBS.items())
+        rows = "\n".join(f"  {name:<14} {found.what}" for name, found in VERBS.items())
         return (
             "prismoe turns a dense checkpoint into a Mixture-of-Experts model in a standard architecture.\n\n"
             f"usage: prismoe VERB {SUBJECT}\n\n"
@@ -125,10 +130,10 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 def _job(flags: argparse.Namespace, screen: Screen) -> Job:
     subjects = [text for text in flags.rest if "=" not in text]
-    if len(subjects) > 1:
+    if len(subjects) > 1 and flags.verb != "reference-loss":
         raise UsageError(f"{subjects[1]!r} after {subjects[0]!r}", needed="one config, model or run folder")
     overrides = tuple(text for text in flags.rest if "=" in text)
-    return Job(flags.verb, subjects[0] if subjects else None, overrides, flags, screen)
+    return Job(flags.verb, subjects[0] if subjects else None, overrides, flags, screen, tuple(subjects[1:]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

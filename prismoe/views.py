@@ -250,6 +250,9 @@ def _pretrain(screen: Screen, receipt: Receipt) -> None:
     heads = ["\ndomain", "share\nrequested", "\nachieved", "\nepochs", "held-out loss\nstep 0", "\nend", "\nchange"]
     screen.table(heads, rows)
     facts = {"model": receipt["model"]}
+    if len(receipt.get("weight_history", ())) > 1:
+        facts["mixing rule"] = f"{receipt['rule']}, weights moved {len(receipt['weight_history']) - 1} times"
+        facts["weights it ends with"] = ", ".join(f"{name} {w:.3f}" for name, w in receipt["weights"].items())
     if receipt["router"]:
         low, high = receipt["router_gradient_norm"]
         facts["router policy"] = receipt["router"]
@@ -281,6 +284,15 @@ def _eval(screen: Screen, receipt: Receipt) -> None:
 GROUPS = ("perplexity", "bits/byte")
 
 
+def _reference_loss(screen: Screen, receipt: Receipt) -> None:
+    rows = []
+    for name, entry in receipt["losses"].items():
+        error = "" if entry["standard_error"] is None else f"{entry['standard_error']:.4f}"
+        rows.append([name, f"{entry['loss']:.4f}", error, f"{entry['scored_tokens']:,}", f"{entry['documents']:,}"])
+    screen.table(["domain", "loss", "standard error", "tokens", "documents"], rows)
+    screen.pairs({"written to": str(receipt["out"]), "windows": f"{receipt['seq_len']} ids"})
+
+
 def _mark(good: bool) -> Text:
     return Text("✓", style="green") if good else Text("✗", style="red")
 
@@ -307,4 +319,5 @@ _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "calibrate": _calibrate,
     "pretrain": _pretrain,
     "eval": _eval,
+    "reference-loss": _reference_loss,
 }

@@ -23,7 +23,7 @@ FLOORS = (
     *("errors", "progress", "recipe", "registry", "folder", "room", "checkpoint", "stats", "layerplan", "balance"),
     *("methods", "routerinit", "plan", "target", "targets", "account", "portability"),
     *("convert", "densify", "verify"),
-    *("data", "train", "calibrate", "evaluate", "generate", "importing"),
+    *("data", "train", "calibrate", "evaluate", "reference", "generate", "importing"),
     *("config", "console", "doctor", "state", "views", "report"),
     *("run", "show", "demo", "verbs", "cli", "__main__"),
 )

@@ -13,7 +13,7 @@ from prismoe.config.keys import type_text
 from prismoe.config.located import Located, read_override
 from prismoe.errors import UsageError
 
-__all__ = ["DensifyOptions", "ImportOptions", "ShowOptions", "option_lines", "read_options"]
+__all__ = ["DensifyOptions", "ImportOptions", "ReferenceOptions", "ShowOptions", "option_lines", "read_options"]
 
 Positive = Annotated[int, Field(ge=1)]
 Options = TypeVar("Options")
@@ -39,6 +39,16 @@ class ImportOptions:
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     pad_to: Positive = 32
     max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """See `reference_loss`."""
+
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    max_tokens: Annotated[int, Field(ge=2)] = 65_536
+    batch_size: Positive = 16
+    threads: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ class Job:
     overrides: tuple[str, ...]
     flags: argparse.Namespace
     screen: Screen
+    others: tuple[str, ...] = ()
 
     def config(self) -> Config:
         """What the subject and the overrides describe: a YAML file, a run folder, or a model as `source`."""
@@ -42,6 +43,12 @@ class Job:
             fixed.setdefault("out", self.subject)
             return load_config(Path(self.subject) / "run.yaml", overrides=overrides, **fixed)
         return load_config(overrides=overrides, source=self.subject, **fixed)
+
+    def second(self, what: str) -> str:
+        """The second path of a verb that takes two (`what` it should be)."""
+        if len(self.others) != 1:
+            raise UsageError(f"{1 + len(self.others)} paths", where=self.verb, needed=f"a second one: {what}")
+        return self.others[0]
 
     def source_and_out(self, what: str) -> tuple[str, str]:
         """Subject and output folder of a verb that reads one folder (`what` it should be) and writes another."""
