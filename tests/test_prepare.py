@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def test_finished_domains_are_kept_and_others_made(tmp_path: Path, tokenizer: Pa
     assert not (tmp_path / "out").exists()
     assert run() == ["made", "made"]
     assert sorted(path.name for path in (tmp_path / "out" / "a").iterdir()) == [
-        "heldout.ends", "heldout.tokens", "manifest.json", "prismoe.json", "train.ends", "train.tokens",
+        "heldout-00000-000.ends", "heldout-00000-000.json", "heldout-00000-000.tokens", "heldout.ends",
+        "manifest.json", "prismoe.json",
+        "train-00000-000.ends", "train-00000-000.json", "train-00000-000.tokens", "train.ends",
     ]  # fmt: skip
     manifest = Manifest.read(tmp_path / "out" / "a")
     assert manifest is not None
@@ -128,9 +131,9 @@ def test_finished_domains_are_kept_and_others_made(tmp_path: Path, tokenizer: Pa
     assert run() == ["kept", "kept"]
     (tmp_path / "out" / "b" / "manifest.json").unlink()  # what an interruption leaves
     (tmp_path / "out" / "b" / ".train.tokens.7.partial").write_bytes(b"half")
-    before = (tmp_path / "out" / "b" / "train.tokens").read_bytes()
+    before = (tmp_path / "out" / "b" / "train-00000-000.tokens").read_bytes()
     assert run() == ["kept", "made"]
-    assert (tmp_path / "out" / "b" / "train.tokens").read_bytes() == before
+    assert (tmp_path / "out" / "b" / "train-00000-000.tokens").read_bytes() == before
     assert not list((tmp_path / "out" / "b").glob(".*"))
     jsonl(tmp_path / "a.jsonl", ["other text"])
     with pytest.raises(ResourceError, match="out/a: output folder holds a different job"):
@@ -140,7 +143,7 @@ def test_finished_domains_are_kept_and_others_made(tmp_path: Path, tokenizer: Pa
 
 
 def test_estimate_of_a_dry_run_is_near(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prismoe.data.prepare._COUNTED_BYTES", 1 << 17)
+    monkeypatch.setattr("prismoe.data.estimate._COUNTED_BYTES", 1 << 17)
     train = jsonl(tmp_path / "a.jsonl", TEXTS * 4000)  # larger than what is counted and what is tokenised
     planned = one(tmp_path, tokenizer, train, dry_run=True).domains[0].splits["train"]
     made = one(tmp_path, tokenizer, train).domains[0].splits["train"]
@@ -225,17 +228,29 @@ def test_bad_text(tmp_path: Path, tokenizer: Path, data: bytes, message: str) ->
         one(tmp_path, tokenizer, tmp_path / "a.jsonl")
     assert str(caught.value).removeprefix(f"{tmp_path}/") == message
     assert caught.value.exit_code == 3
-    assert not list((tmp_path / "out").rglob("*.tokens"))
+    assert not list((tmp_path / "out").rglob("manifest.json"))
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-def test_bad_text_far_in_a_file_leaves_no_shard(tmp_path: Path, tokenizer: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", ["some words " * 500] * 1000)  # 5.5 MB: beyond what is read beforehand
+def test_bad_documents_are_left_out_and_counted_up_to_a_limit(tmp_path: Path, tokenizer: Path) -> None:
+    texts = [f"some words {number}" for number in range(1999)]
+    path = jsonl(tmp_path / "a.jsonl", texts)
     with path.open("ab") as file:
-        file.write(b"{]\n")
-    with pytest.raises(InputError, match=r"a\.jsonl:1001: invalid JSON"):
-        one(tmp_path, tokenizer, path)
-    assert [path.name for path in (tmp_path / "out" / "d").iterdir()] == ["prismoe.json"]
+        file.write(b'{]\n{"content": "\xff"}\n')
+    with pytest.raises(InputError) as caught:
+        one(tmp_path, tokenizer, path, max_bad=0.0009)
+    assert str(caught.value) == (
+        "2 of 2005 documents cannot be read (1 invalid JSON, 1 not UTF-8), the first: "
+        f"{path}:2000: invalid JSON (Expecting property name enclosed in double quotes at column 2); "
+        "needed at most 0.09 % (hint: repair them, or raise data.max_bad)"
+    )
+    with pytest.raises(InputError, match="not a prepared domain"):
+        Domain.open(tmp_path / "out" / "d")
+    row = one(tmp_path, tokenizer, path).domains[0]  # 2 of 2005 are within 0.1 %
+    assert row.bad == {"invalid JSON": 1, "not UTF-8": 1}
+    assert row.splits["train"].num_documents == len(texts)
+    assert Domain.open(tmp_path / "out" / "d").tokens().tolist() == reference_ids(tokenizer, texts)
+    assert one(tmp_path, tokenizer, path).domains[0] == replace(row, status="kept")
 
 
 def test_bad_sources(tmp_path: Path, tokenizer: Path) -> None:

@@ -27,13 +27,13 @@ def test_opening_a_domain(tmp_path: Path, tokenizer: Path) -> None:
         Domain.open(tmp_path)
     one(tmp_path, tokenizer, jsonl(tmp_path / "a.jsonl", TEXTS))
     folder = tmp_path / "out" / "d"
-    with (folder / "train.tokens").open("ab") as file:
+    with (folder / "train-00000-000.tokens").open("ab") as file:
         file.write(b"\0\0")
-    size = (folder / "train.tokens").stat().st_size
-    with pytest.raises(InputError, match=rf"train\.tokens: {size} bytes; needed {size - 2} \(manifest\.json\)"):
+    size = (folder / "train-00000-000.tokens").stat().st_size
+    with pytest.raises(InputError, match=rf"train-00000-000\.tokens: {size} bytes; needed {size - 2} \(manifest\.json\)"):
         Domain.open(folder)
-    (folder / "train.tokens").unlink()
-    with pytest.raises(InputError, match=r"train\.tokens: missing"):
+    (folder / "train-00000-000.tokens").unlink()
+    with pytest.raises(InputError, match=r"train-00000-000\.tokens: missing"):
         Domain.open(folder)
 
 

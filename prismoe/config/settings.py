@@ -62,21 +62,29 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class DomainConfig:
-    """Text of one domain: files or globs; without `heldout` a share of the documents is held out by hash."""
+    """Text of one domain: files or globs, also hf://datasets/OWNER/NAME/…; without `heldout` a share of the documents
+    is held out by hash. `select` keeps documents by the value of a field ("meta.redpajama_set_name").
+    """
 
     train: Paths
     heldout: Paths | None = None
     field: str = "auto"
+    select: dict[str, str | list[str]] | None = None
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The domains, the tokenizer (default: the source's) and the weights to mix them with (a preset or numbers)."""
+    """The domains, the tokenizer (default: the source's) and the weights to mix them with (a preset or numbers).
+
+    `max_bad` is the share of documents that may be unreadable; `files_per_shard` is for corpora of very many files.
+    """
 
     domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
     weights: str | dict[str, Annotated[float, Field(ge=0)]] = "proportional"
     tokenizer: str | None = None
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    max_bad: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    files_per_shard: Positive = 1
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """`prepare`: text files of several domains → one folder of token shards per domain.
 
-Each domain is made whole or not at all. The same command after an interruption keeps finished domains and makes the
-others; a domain whose text, tokenizer and settings are unchanged is recognised by its key and left alone.
+The same command after an interruption goes on behind the last finished shard; given more files it adds their shards.
+With `part` any number of processes share the work, on one machine or many; the plain call afterwards finds their
+shards, makes what is missing, checks them all and writes the manifests.
 """
 
 from __future__ import annotations
@@ -9,46 +10,56 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prismoe.data.reader import Document, read_documents
-from prismoe.data.shards import KIND, SPLITS, Domain, Split, SplitCounts, token_dtype
+from prismoe.data.estimate import estimate, sample_texts
+from prismoe.data.finish import check_same_texts, collect, finish, finished, join
+from prismoe.data.lots import Hashes, Lot, Reading, Route, Tally, cut_lots, find_records
+from prismoe.data.shard import make_lot
+from prismoe.data.shards import KIND, Split, SplitCounts, token_dtype
 from prismoe.data.sources import DomainSource, resolve
 from prismoe.data.tokenizer import DocumentTokenizer
-from prismoe.data.writer import SplitWriter
-from prismoe.errors import InputError, UsageError
-from prismoe.folder import FileEntry, Manifest, claim, sha256_file
+from prismoe.errors import UsageError
+from prismoe.folder import claim
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
 
 __all__ = ["DomainSource", "Prepared", "PreparedDomain", "prepare"]
 
-_FORMAT = 1  # goes into the key: a change of what the same text gives must not be taken for finished work
-_BATCH_BYTES = 1 << 20  # text that is tokenised at once: enough work for every core, little memory
-# An estimate counts so much text of a file (cheap), and tokenises so much of it (dear).
-_COUNTED_BYTES, _SAMPLE_BYTES = 1 << 22, 1 << 16
+_FORMAT = 2  # goes into the key: a change of what the same text gives must not be taken for finished work
+_MAX_SHARDS = 10_000  # of one split: more files than that are a burden to every file system
 
 
 @dataclass(frozen=True)
 class PreparedDomain:
-    """One domain's part of the receipt. `status` is made, kept (finished before) or planned (a dry run's estimate).
+    """One domain's part of the receipt.
 
-    `num_empty` documents held no text and were left out.
+    `status` is made, kept (finished before), planned (a dry run's estimate) or part (its manifest is still to come).
+    `num_empty` documents held no text and `num_filtered` were not kept by the filters; `bad` documents of the
+    domain's files could not be read, by reason.
     """
 
     name: str
     folder: str
     status: str
     splits: dict[Split, SplitCounts]
-    num_empty: int
+    num_shards: int = 0
+    num_empty: int = 0
+    num_filtered: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Receipt of `prepare`. `seconds` and `tokens_per_second` are of the domains made in this call."""
+    """Receipt of `prepare`. `seconds` and `tokens_per_second` are of the domains made in this call.
+
+    `encoder` says what tokenised, and `proof` what its ids were compared with (empty: nothing stood in for the
+    tokenizer itself).
+    """
 
     domains: tuple[PreparedDomain, ...]
     tokenizer_sha256: str
@@ -56,29 +67,25 @@ class Prepared:
     dtype: str
     start_token: int | None
     end_token: int
+    encoder: str
+    proof: str
     seconds: float
     tokens_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One domain, checked. `settings` and `key` hold everything that decides its bytes."""
-
-    name: str
-    folder: Path
-    files: dict[Split, tuple[Path, ...]]
-    field: str
-    heldout_fraction: float | None  # None where held-out files are given
-    parents: dict[str, str]
-    settings: dict[str, Any]
-    key: str
+    part: tuple[int, int] | None = None
 
     @property
-    def size(self) -> int:
-        return sum(path.stat().st_size for paths in self.files.values() for path in paths)
+    def warnings(self) -> list[str]:
+        """What a person should know before training on it."""
+        found = []
+        for row in self.domains:
+            unknown = sum(counts.num_unknown for counts in row.splits.values())
+            share = 100 * unknown / max(sum(counts.num_tokens for counts in row.splits.values()), 1)
+            if share > 1:
+                found.append(f"{row.name}: {share:.1f} % of the tokens are unknown to the tokenizer")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "warnings": self.warnings}
 
 
 def prepare(
@@ -88,224 +95,218 @@ def prepare(
     out: str | Path,
     heldout_fraction: float = 0.01,
     add_special_tokens: bool = True,
+    keep: str | Path | None = None,
+    files_per_shard: int = 1,
+    max_bad: float = 0.001,
+    part: tuple[int, int] | None = None,
+    offline: bool = False,
     force: bool = False,
     dry_run: bool = False,
     on_progress: Progress = quiet,
 ) -> Prepared:
-    """Tokenise every domain into `out/<name>`: a flat array of ids and the ends of documents, per split.
+    """Tokenise every domain into `out/<name>`: flat arrays of ids and the ends of documents, per split.
 
     Args:
-        domains: text of each domain; a name is a folder name.
+        domains: text of each domain; a name is a folder name. Domains that name the same files are read together.
         tokenizer: the model's folder (or its tokenizer.json).
         out: holds one folder per domain.
         heldout_fraction: of documents, chosen by a hash of their text (so copies of a document are on one side), for
             domains without held-out files.
         add_special_tokens: begin documents as the tokenizer's own template does. They end with its end token anyway.
+        keep: the folder of `sift`: only documents that it keeps.
+        files_per_shard: input files that make one shard. More for corpora of very many files.
+        max_bad: the share of documents that may be unreadable; they are left out and counted by reason.
+        part: (i, n), i from 1: make only the i-th of n shares of the shards. Run all n, in any order and anywhere
+            where `out` is the same folder, then the same without `part`.
+        offline: open no socket.
         force: make finished domains again, and replace those of other settings.
         dry_run: read a little of every file, estimate, write nothing.
         on_progress: called with bytes of the files read.
 
     Raises:
-        UsageError: no domains, a name that is no folder name, a file named twice.
+        UsageError: no domains, a name that is no folder name, a file named twice, a part that is none.
         InputError: text or a tokenizer that cannot be used; the message names file and line.
         ResourceError: the disk is too small, or a domain's folder is in use or holds something else.
     """
-    out = Path(out)
+    _check(domains, heldout_fraction, files_per_shard, max_bad, part, force)
+    opened = DocumentTokenizer.open(tokenizer, add_special_tokens=add_special_tokens)
+    settings = {
+        "add_to_key": heldout_fraction,
+        "files_per_shard": files_per_shard,
+        "vocab_size": opened.vocab_size,
+        "start_token": opened.start_token,
+        "end_token": opened.end_token,
+        "tokenizer_sha256": opened.sha256,
+        "format": _FORMAT,
+    }
+    readings = _readings(domains, Path(out), settings, files_per_shard, keep, offline)
+    hashes = Hashes()
+    rows: dict[str, PreparedDomain] = {}
+    if not force and part is None:
+        for route, reading in _routes(readings):
+            if (found := finished(route, reading, hashes)) is not None:
+                rows[route.name] = PreparedDomain(route.name, str(route.folder), "kept", **found)
+    readings = [left for reading in readings if (left := _without(reading, rows)) is not None]
+    todo = _todo(readings, hashes, part, force)
+    expected = estimate(readings, todo, opened)
+    folders = {route.name: str(route.folder) for route, _ in _routes(readings)}
+    rows |= {name: PreparedDomain(name, folders[name], "planned", splits) for name, splits in expected.items()}
+    itemsize = token_dtype(opened.vocab_size).itemsize
+    counts = [counts for splits in expected.values() for counts in splits.values()]
+    require_room(Path(out), disk_bytes=sum(itemsize * c.num_tokens + 32 * c.num_documents for c in counts))
+    encoder, started, made = opened, time.monotonic(), {}
+    if not dry_run:
+        encoder = opened.quicker(sample_texts(todo)) if todo else opened
+        made = _make(readings, todo, encoder, hashes, part=part, max_bad=max_bad, force=force, on_progress=on_progress)
+    seconds = time.monotonic() - started
+    tokens = sum(counts.num_tokens for row in made.values() for counts in row.splits.values())
+    rows |= made
+    return Prepared(
+        domains=tuple(rows[name] for name in domains),
+        tokenizer_sha256=opened.sha256,
+        vocab_size=opened.vocab_size,
+        dtype=token_dtype(opened.vocab_size).name,
+        start_token=opened.start_token,
+        end_token=opened.end_token,
+        encoder=encoder.encoder.name,
+        proof=encoder.encoder.proof,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if tokens else 0.0,
+        part=part,
+    )
+
+
+Work = list[tuple[Reading, Lot]]
+
+
+def _check(
+    domains: Mapping[str, DomainSource],
+    heldout_fraction: float,
+    files_per_shard: int,
+    max_bad: float,
+    part: tuple[int, int] | None,
+    force: bool,
+) -> None:
     if not domains:
         raise UsageError("no domains to prepare")
     if not 0 < heldout_fraction < 1:
         raise UsageError(f"{heldout_fraction}", where="heldout_fraction", needed="a fraction between 0 and 1")
-    encoder = DocumentTokenizer.open(tokenizer, add_special_tokens=add_special_tokens)
-    jobs = [_job(name, source, out / name, encoder, heldout_fraction) for name, source in domains.items()]
-    kept = {} if force else {job.name: row for job in jobs if (row := _finished(job)) is not None}
-    todo = [job for job in jobs if job.name not in kept]
-    planned = {job.name: _estimate(job, encoder) for job in todo}
-    _check_disk(out, planned.values(), token_dtype(encoder.vocab_size).itemsize)
-    started = time.monotonic()
-    made: dict[str, PreparedDomain] = {}
-    total, done = sum(job.size for job in todo), 0
-    if dry_run:
-        todo = []
-    for job in todo:  # a folder that is not ours to fill must stop us before hours of work, not after
-        with claim(job.folder, kind=KIND, key=job.key, force=force):
-            pass
-    for job in todo:
-
-        def on_bytes(count: int, what: str = f"bytes tokenised: {job.name}", base: int = done) -> None:
-            on_progress(what, base + count, total)
-
-        made[job.name] = _make(job, encoder, on_bytes=on_bytes)
-        done += job.size
-    seconds = time.monotonic() - started
-    tokens = sum(counts.num_tokens for row in made.values() for counts in row.splits.values())
-    rows = {**planned, **kept, **made}
-    return Prepared(
-        domains=tuple(rows[job.name] for job in jobs),
-        tokenizer_sha256=encoder.sha256,
-        vocab_size=encoder.vocab_size,
-        dtype=token_dtype(encoder.vocab_size).name,
-        start_token=encoder.start_token,
-        end_token=encoder.end_token,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds if tokens else 0.0,
-    )
-
-
-def _job(name: str, source: DomainSource, folder: Path, encoder: DocumentTokenizer, heldout_fraction: float) -> _Job:
-    files = resolve(name, source)
-    hashes = {split: [sha256_file(path) for path in paths] for split, paths in files.items()}
-    fraction = None if files["heldout"] else heldout_fraction
-    settings = {
-        "name": name,
-        "field": source.field,
-        "heldout_fraction": fraction,
-        "vocab_size": encoder.vocab_size,
-        "start_token": encoder.start_token,
-        "end_token": encoder.end_token,
-        "tokenizer_sha256": encoder.sha256,
-        "format": _FORMAT,
-    }
-    return _Job(
-        name=name,
-        folder=folder,
-        files=files,
-        field=source.field,
-        heldout_fraction=fraction,
-        parents={
-            "tokenizer": encoder.sha256,
-            # Numbered, because files of one name may come from different folders; their paths are nobody's business.
-            **{
-                f"{split} {number}: {path.name}": found
-                for split in SPLITS
-                for number, (path, found) in enumerate(zip(files[split], hashes[split], strict=True))
-            },
-        },
-        settings=settings,
-        key=hashlib.sha256(json.dumps([settings, hashes], sort_keys=True).encode()).hexdigest(),
-    )
-
-
-def _finished(job: _Job) -> PreparedDomain | None:
-    manifest = Manifest.read(job.folder)
-    if manifest is None or not manifest.same_work(KIND, job.key):
-        return None
-    splits = dict(Domain.open(job.folder).splits)
-    return PreparedDomain(job.name, str(job.folder), "kept", splits, int(manifest.config["num_empty"]))
-
-
-def _make(job: _Job, encoder: DocumentTokenizer, *, on_bytes: Callable[[int], None]) -> PreparedDomain:
-    """Tokenise one domain, then write its manifest."""
-    with claim(job.folder, kind=KIND, key=job.key):
-        counts: dict[Split, SplitCounts] = {}
-        files: dict[str, FileEntry] = {}
-        num_empty = 0
-        with (
-            SplitWriter(job.folder, "train", encoder=encoder) as train,
-            SplitWriter(job.folder, "heldout", encoder=encoder) as heldout,
-        ):
-            writers: dict[Split, SplitWriter] = {"train": train, "heldout": heldout}
-            for batch, position in _batches(_documents(job)):
-                on_bytes(position)
-                for split in SPLITS:
-                    documents = [document for where, document in batch if where == split]
-                    num_empty += sum(not document.text for document in documents)
-                    writers[split].add(_encode([document for document in documents if document.text], encoder))
-            for split, writer in writers.items():
-                if not writer.num_documents:
-                    raise InputError(
-                        f"no {'training' if split == 'train' else 'held-out'} document with text",
-                        where=f"domain {job.name}",
-                        hint="give it more text, held-out files or another heldout_fraction",
-                    )
-            for split, writer in writers.items():
-                counts[split], entries = writer.finish()
-                files.update(entries)
-        config = {
-            **job.settings,
-            "num_empty": num_empty,
-            "splits": {split: asdict(counts[split]) for split in SPLITS},
-        }
-        Manifest(kind=KIND, parents=job.parents, config=config, files=files, key=job.key).write(job.folder)
-    return PreparedDomain(job.name, str(job.folder), "made", counts, num_empty)
-
-
-def _documents(job: _Job) -> Iterator[tuple[Split, Document, int]]:
-    """(split, document, bytes read of all files so far). Filters will sit between this and the tokenizer."""
-    base = 0
-    for split in SPLITS:
-        for path in job.files[split]:
-            for document in read_documents(path, field=job.field):
-                yield _side(document, split, job.heldout_fraction), document, base + document.position
-            base += path.stat().st_size
-
-
-def _side(document: Document, split: Split, heldout_fraction: float | None) -> Split:
-    if heldout_fraction is None:
-        return split
-    digest = hashlib.blake2b(document.text.encode(), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "big") < heldout_fraction * 2**64 else "train"
-
-
-def _batches(
-    documents: Iterator[tuple[Split, Document, int]],
-) -> Iterator[tuple[list[tuple[Split, Document]], int]]:
-    batch: list[tuple[Split, Document]] = []
-    size = position = 0
-    for split, document, position in documents:
-        batch.append((split, document))
-        size += document.num_bytes + 64  # very short documents cost something too
-        if size >= _BATCH_BYTES:
-            yield batch, position
-            batch, size = [], 0
-    yield batch, position
-
-
-def _encode(documents: list[Document], encoder: DocumentTokenizer) -> list[tuple[Any, int]]:
-    encoded = encoder.encode([document.text for document in documents])
-    for ids, document in zip(encoded, documents, strict=True):
-        if (largest := int(ids.max())) >= encoder.vocab_size:
-            raise InputError(
-                f"token id {largest} for a vocabulary of {encoder.vocab_size}",
-                where=document.where,
-                hint="tokenizer.json and config.json are of different models",
-            )
-    return [(ids, document.num_bytes) for ids, document in zip(encoded, documents, strict=True)]
-
-
-def _estimate(job: _Job, encoder: DocumentTokenizer) -> PreparedDomain:
-    """Read the first document of every file, count and tokenise some of each split, and extrapolate."""
-    splits: dict[Split, SplitCounts] = {}
-    for split, paths in job.files.items():
-        for path in paths[1:]:
-            next(read_documents(path, field=job.field))
-        documents, num_bytes, position, sample = _begin(paths[0], job.field) if paths else (0, 0, 1, [])
-        encoded = _encode(sample, encoder)
-        grow = sum(path.stat().st_size for path in paths) / position
-        per_byte = sum(len(ids) for ids, _ in encoded) / max(sum(count for _, count in encoded), 1)
-        splits[split] = SplitCounts(
-            num_tokens=round(grow * num_bytes * per_byte),
-            num_documents=round(grow * documents),
-            num_bytes=round(grow * num_bytes),
-            num_unknown=0,
+    if not 0 <= max_bad < 1:
+        raise UsageError(f"{max_bad}", where="max_bad", needed="a fraction from 0 and below 1")
+    if files_per_shard < 1:
+        raise UsageError(f"{files_per_shard}", where="files_per_shard", needed="at least 1")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise UsageError(f"part {part[0]}/{part[1]}", needed="1/N to N/N")
+    if part is not None and force:
+        raise UsageError(
+            "force with a part", needed="one of them", hint="parts would delete what others made; remove --out first"
         )
-    return PreparedDomain(job.name, str(job.folder), "planned", splits, 0)
 
 
-def _begin(path: Path, field: str) -> tuple[int, int, int, list[Document]]:
-    """Of a file's beginning: documents, bytes of text, bytes of the file; and fewer documents, to be tokenised."""
-    count = size = position = 0
-    sample: list[Document] = []
-    for document in read_documents(path, field=field):
-        # Positions move in blocks: only where one begins do they say what the documents before it took.
-        if size >= _COUNTED_BYTES and document.position != position:
-            return count, size, position, sample
-        if size < _SAMPLE_BYTES:
-            sample.append(document)
-        count, size, position = count + 1, size + document.num_bytes, document.position
-    return count, size, path.stat().st_size, sample
+def _readings(
+    domains: Mapping[str, DomainSource],
+    out: Path,
+    shared: dict[str, Any],
+    files_per_shard: int,
+    keep: str | Path | None,
+    offline: bool,
+) -> list[Reading]:
+    """Domains grouped by the files that they read, in the order of `domains`."""
+    groups: dict[Any, list[Route]] = {}
+    files: dict[Any, dict[Split, tuple[Path, ...]]] = {}
+    for name, source in domains.items():
+        found = resolve(name, source, offline=offline)
+        for split, paths in found.items():
+            if -(-len(paths) // files_per_shard) > _MAX_SHARDS:
+                raise UsageError(
+                    f"{len(paths)} {split} files", where=f"domain {name}", hint="raise data.files_per_shard"
+                )
+        fraction = None if found["heldout"] else shared["add_to_key"]
+        settings = {key: value for key, value in shared.items() if key != "add_to_key"}
+        settings |= {"name": name, "field": source.field, "heldout_fraction": fraction}
+        settings["select"] = {key: sorted(values) for key, values in sorted(source.select.items())}
+        sifted = Path(keep) / name if keep is not None and (Path(keep) / name).is_dir() else None
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        select = {name: frozenset(values) for name, values in source.select.items()}
+        group = (found["train"], found["heldout"], source.field)
+        groups.setdefault(group, []).append(Route(name, out / name, settings, key, select, fraction, sifted))
+        files[group] = found
+    return [
+        Reading(tuple(routes), files[group], group[2], cut_lots(files[group], files_per_shard))
+        for group, routes in groups.items()
+    ]
 
 
-def _check_disk(out: Path, planned: Any, itemsize: int) -> None:
-    counts = [counts for row in planned for counts in row.splits.values()]
-    needed = sum(itemsize * part.num_tokens + 16 * part.num_documents for part in counts)
-    require_room(out, disk_bytes=needed)
+def _routes(readings: Sequence[Reading]) -> list[tuple[Route, Reading]]:
+    return [(route, reading) for reading in readings for route in reading.routes]
+
+
+def _without(reading: Reading, done: Mapping[str, Any]) -> Reading | None:
+    """The reading for those of its domains that are not done yet."""
+    routes = tuple(route for route in reading.routes if route.name not in done)
+    return Reading(routes, reading.files, reading.field, reading.lots) if routes else None
+
+
+def _todo(readings: Sequence[Reading], hashes: Hashes, part: tuple[int, int] | None, force: bool) -> Work:
+    """Lots that are not finished, of this part's share."""
+    work = [(reading, lot) for reading in readings for lot in reading.lots]
+    if part is not None:
+        work = work[part[0] - 1 :: part[1]]
+    return [(reading, lot) for reading, lot in work if force or not _done(reading, lot, hashes)]
+
+
+def _done(reading: Reading, lot: Lot, hashes: Hashes) -> bool:
+    for route in reading.routes:
+        records = list(find_records(route, lot, hashes)) if route.folder.is_dir() else []
+        if not records or records[-1].next is not None:
+            return False
+    return True
+
+
+def _make(
+    readings: Sequence[Reading],
+    todo: Work,
+    encoder: DocumentTokenizer,
+    hashes: Hashes,
+    *,
+    part: tuple[int, int] | None,
+    max_bad: float,
+    force: bool,
+    on_progress: Progress,
+) -> dict[str, PreparedDomain]:
+    total, done = sum(lot.size for _, lot in todo), 0
+    with ExitStack() as stack:
+        for route, reading in _routes(readings):  # a folder that is not ours to fill must stop us before hours of work
+            if part is not None:
+                join(route, KIND)
+            else:
+                stack.enter_context(claim(route.folder, kind=KIND, key=route.key, force=force))
+            check_same_texts(route, reading, hashes)
+        tallies = {id(reading): Tally() for reading in readings}
+        written: set[Path] = set()
+        for number, (reading, lot) in enumerate(todo):
+            names = ", ".join(route.name for route in reading.routes)
+
+            def on_bytes(count: int, what: str = f"bytes tokenised: {names}", base: int = done) -> None:
+                on_progress(what, base + count, total)
+
+            make_lot(
+                reading,
+                lot,
+                encoder,
+                hashes=hashes,
+                tally=tallies[id(reading)],
+                max_bad=max_bad,
+                last=all(other is not reading for other, _ in todo[number + 1 :]),
+                written=written,
+                on_bytes=on_bytes,
+            )
+            done += lot.size
+        rows = {}
+        for route, reading in _routes(readings):
+            if part is None:
+                held = finish(route, reading, hashes, max_bad=max_bad, written=written, tokenizer=encoder.sha256)
+            else:
+                _, held = collect(route, [lot for other, lot in todo if other is reading], hashes)
+            rows[route.name] = PreparedDomain(route.name, str(route.folder), "part" if part else "made", **held)
+    return rows

@@ -1,9 +1,12 @@
-"""Token shards of one domain: a flat little-endian array of ids per split, and where its documents end.
+"""Token shards of one domain: flat little-endian arrays of ids per split, and where its documents end.
 
-A domain folder holds, for each split (`train`, `heldout`):
+A domain folder holds, for each split (`train`, `heldout`), shards numbered by the input files they came from and by
+their place in them:
 
-- `<split>.tokens`  uint16 or uint32, every document followed by the end token, nothing else in between;
-- `<split>.ends`    int64 pairs [documents, 2]: tokens and bytes of text (UTF-8) up to and including document i;
+- `<split>-<lot>-<segment>.tokens`  uint16 or uint32, every document followed by the end token, nothing else in between;
+- `<split>-<lot>-<segment>.ends`    int64 pairs [documents, 2]: tokens and bytes of text (UTF-8) of the shard up to and
+  including document i;
+- `<split>.ends`                    the same over all shards of the split, in order;
 
 and `manifest.json`, written last. Ends are what packing without attention across documents, bits per byte of a part
 and adding documents later need; a reader that does not need them never touches the file.
@@ -14,15 +17,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from prismoe.data.flat import FlatFiles
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import Manifest
 
-__all__ = ["SPLITS", "Domain", "Split", "SplitCounts", "Windows", "heldout_windows", "token_dtype"]
+__all__ = ["SPLITS", "Domain", "Shard", "Split", "SplitCounts", "Windows", "heldout_windows", "token_dtype"]
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
@@ -46,9 +50,17 @@ class SplitCounts:
     num_unknown: int
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One pair of files, `<name>.tokens` and `<name>.ends`, and what it holds."""
+
+    name: str
+    counts: SplitCounts
+
+
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """A prepared domain, read-only. `num_*` speak of the train split; `splits` has both.
+    """A prepared domain, read-only. `num_*` speak of the train split; `splits` has both, `shards` their files in order.
 
     Each document ends with `end_token`, and begins with `start_token` where that is not None.
     """
@@ -60,6 +72,7 @@ class Domain:
     end_token: int
     tokenizer_sha256: str
     splits: Mapping[Split, SplitCounts]
+    shards: Mapping[Split, tuple[Shard, ...]]
 
     @classmethod
     def open(cls, folder: str | Path) -> Domain:
@@ -82,13 +95,18 @@ class Domain:
                 end_token=int(config["end_token"]),
                 tokenizer_sha256=str(config["tokenizer_sha256"]),
                 splits={split: SplitCounts(**config["splits"][split]) for split in SPLITS},
+                shards={
+                    split: tuple(Shard(row["name"], SplitCounts(**row["counts"])) for row in config["shards"][split])
+                    for split in SPLITS
+                },
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a readable manifest ({error!r})", where=str(folder / "manifest.json")) from error
+        itemsize = token_dtype(domain.vocab_size).itemsize
         for split, counts in domain.splits.items():
-            itemsize = token_dtype(domain.vocab_size).itemsize
-            _check_size(folder / f"{split}.tokens", counts.num_tokens * itemsize)
-            _check_size(folder / f"{split}.ends", counts.num_documents * 16)
+            for shard in domain.shards[split]:
+                check_size(folder / f"{shard.name}.tokens", shard.counts.num_tokens * itemsize)
+            check_size(folder / f"{split}.ends", counts.num_documents * 16)
         return domain
 
     @property
@@ -104,15 +122,21 @@ class Domain:
         return self.splits["train"].num_bytes
 
     def tokens(self, split: Split = "train") -> npt.NDArray[np.unsignedinteger[Any]]:
-        """All ids of a split, [num_tokens] uint16 or uint32, memory-mapped."""
-        return np.memmap(self.folder / f"{split}.tokens", token_dtype(self.vocab_size), mode="r")
+        """All ids of a split, [num_tokens] uint16 or uint32, memory-mapped; `FlatFiles` where shards are several."""
+        dtype, shards = token_dtype(self.vocab_size), self.shards[split]
+        files = [self.folder / f"{shard.name}.tokens" for shard in shards]
+        if len(files) == 1:
+            return np.memmap(files[0], dtype, mode="r")
+        flat: Any = FlatFiles(files, [shard.counts.num_tokens for shard in shards], dtype)
+        return cast(npt.NDArray[np.unsignedinteger[Any]], flat)
 
     def ends(self, split: Split = "train") -> IdArray:
         """[num_documents, 2] int64, memory-mapped: tokens and bytes of text up to the end of each document."""
         return np.memmap(self.folder / f"{split}.ends", np.dtype("<i8"), mode="r").reshape(-1, 2)
 
 
-def _check_size(path: Path, expected: int) -> None:
+def check_size(path: Path, expected: int) -> None:
+    """Refuse a file that is missing or not as long as it was written."""
     found = path.stat().st_size if path.is_file() else None
     if found is None:
         raise InputError("missing", where=str(path), hint="make the domain again with `prismoe prepare --force`")

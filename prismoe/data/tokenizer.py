@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from prismoe.data.encoder import Encoder, fastest, plain
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
 
@@ -30,7 +31,9 @@ class DocumentTokenizer:
     start_token: int | None
     end_token: int
     unknown_token: int | None
+    encoder: Encoder
     _tokenizer: Any
+    _file: Path
 
     @classmethod
     def open(cls, source: str | Path, *, add_special_tokens: bool = True) -> DocumentTokenizer:
@@ -74,14 +77,34 @@ class DocumentTokenizer:
             start_token=_start(tokenizer, end_token, str(path)) if add_special_tokens else None,
             end_token=end_token,
             unknown_token=_special(tokenizer, names, {}, "unk"),
+            encoder=plain(tokenizer),
             _tokenizer=tokenizer,
+            _file=path,
         )
+
+    def quicker(self, sample: Sequence[str]) -> DocumentTokenizer:
+        """The same with the fastest installed encoder that gives the same ids for `sample` and for hostile text."""
+        return replace(self, encoder=fastest(self._file, self._tokenizer, sample))
 
     def encode(self, documents: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Ids of each document. Runs on all cores; the result does not depend on how many."""
-        head = [] if self.start_token is None else [self.start_token]
-        encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
-        return [np.array([*head, *encoding.ids, self.end_token], np.int64) for encoding in encodings]
+        ids, ends = self.encode_flat(documents)
+        return [part.astype(np.int64) for part in np.split(ids, ends[:-1])] if len(ends) else []
+
+    def encode_flat(self, documents: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """Ids of all documents one after the other, uint32 [tokens], and where each ends, int64 [documents]."""
+        ids, lengths = self.encoder.encode(documents)
+        lengths = lengths + (1 if self.start_token is None else 2)
+        ends = np.cumsum(lengths)
+        found = np.empty(int(ends[-1]) if len(ends) else 0, np.uint32)
+        of_text = np.ones(len(found), np.bool_)
+        of_text[ends - 1] = False
+        found[ends - 1] = self.end_token
+        if self.start_token is not None:
+            of_text[ends - lengths] = False
+            found[ends - lengths] = self.start_token
+        found[of_text] = ids
+        return found, ends
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Writing one split of a domain: temporary names until every byte is on disk."""
+"""Writing one shard: temporary names until every byte is on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,29 +12,29 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.data.shards import Split, SplitCounts, token_dtype
-from prismoe.data.tokenizer import DocumentTokenizer
+from prismoe.data.shards import Shard, SplitCounts
 from prismoe.errors import ResourceError
 from prismoe.folder import FileEntry, fsync_folder
 
-__all__ = ["SplitWriter"]
+__all__ = ["HashedFile", "ShardWriter"]
 
 
-class SplitWriter:
-    """Appends documents to `<split>.tokens` and `<split>.ends`; a context that leaves nothing behind unless finished.
+class ShardWriter:
+    """Appends documents to `<name>.tokens` and `<name>.ends`; a context that leaves nothing behind unless finished.
+
+    Its files appear with the first document: a shard of none is not written.
 
     Raises:
         ResourceError: the folder cannot be written or the disk is full.
     """
 
-    def __init__(self, folder: Path, split: Split, *, encoder: DocumentTokenizer) -> None:
-        self._folder, self._split = folder, split
-        self._dtype = token_dtype(encoder.vocab_size)
-        self._unknown = -1 if encoder.unknown_token is None else encoder.unknown_token
-        self._files = [_File(folder, f"{split}.{part}") for part in ("tokens", "ends")]
+    def __init__(self, folder: Path, name: str, *, dtype: np.dtype[Any], unknown_token: int | None) -> None:
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._unknown = -1 if unknown_token is None else unknown_token
+        self._files: list[HashedFile] = []
         self.num_tokens = self.num_documents = self.num_bytes = self.num_unknown = 0
 
-    def __enter__(self) -> SplitWriter:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
@@ -44,29 +43,38 @@ class SplitWriter:
         for file in self._files:
             file.discard()
 
-    def add(self, documents: Iterable[tuple[npt.NDArray[np.int64], int]]) -> None:
-        """Append (ids, bytes of text) of each document."""
-        documents = list(documents)
-        if not documents:
+    def add(
+        self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64], num_bytes: npt.NDArray[np.int64]
+    ) -> None:
+        """Append documents: all their ids [tokens], how many each has and its bytes of text [documents]."""
+        if not len(lengths):
             return
-        ids = np.concatenate([ids for ids, _ in documents])
-        lengths = np.array([(len(ids), num_bytes) for ids, num_bytes in documents], np.int64)
-        ends = np.cumsum(lengths, axis=0) + np.array([self.num_tokens, self.num_bytes])
+        if not self._files:
+            for part in ("tokens", "ends"):
+                self._files.append(HashedFile(self._folder, f"{self._name}.{part}"))
+        ends = np.cumsum(np.stack([lengths, num_bytes], axis=1), axis=0)
+        ends += np.array([self.num_tokens, self.num_bytes])
         self._files[0].write(ids.astype(self._dtype))
         self._files[1].write(ends.astype("<i8"))
         self.num_tokens, self.num_bytes = (int(n) for n in ends[-1])
-        self.num_documents += len(documents)
+        self.num_documents += len(lengths)
         self.num_unknown += int(np.count_nonzero(ids == self._unknown))
 
-    def finish(self) -> tuple[SplitCounts, dict[str, FileEntry]]:
-        """Make both files durable under their names; return what they hold and their manifest entries."""
+    def finish(self) -> tuple[Shard, dict[str, FileEntry]] | None:
+        """Make both files durable under their names: the shard and its manifest entries, None for one of nothing."""
+        if not self._files:
+            return None
         entries = {file.name: file.finish() for file in self._files}
         fsync_folder(self._folder)
-        return SplitCounts(self.num_tokens, self.num_documents, self.num_bytes, self.num_unknown), entries
+        counts = SplitCounts(self.num_tokens, self.num_documents, self.num_bytes, self.num_unknown)
+        return Shard(self._name, counts), entries
 
 
-class _File:
-    """One file under a temporary name (one that `claim` clears away), hashed as it is written."""
+class HashedFile:
+    """One file under a temporary name (one that `claim` clears away), hashed as it is written.
+
+    A context that leaves nothing behind unless finished.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name, self._path = name, folder / name
@@ -77,7 +85,16 @@ class _File:
         except OSError as error:
             raise ResourceError(f"cannot write: {error.strerror}", where=str(self._path)) from error
 
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
     def write(self, array: npt.NDArray[Any]) -> None:
+        """Append the bytes of a contiguous array."""
         try:
             self._file.write(array.data)
         except OSError as error:
@@ -88,6 +105,7 @@ class _File:
         self._size += array.nbytes
 
     def finish(self) -> FileEntry:
+        """Give the file its name, durably; the manifest's entry."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -98,6 +116,7 @@ class _File:
         return {"sha256": self._hash.hexdigest(), "bytes": self._size}
 
     def discard(self) -> None:
+        """Close it, and remove what has no name yet."""
         with suppress(
             OSError
         ):  # a full disk also fails the last flush; the error that brought us here is the one to tell

@@ -188,7 +188,8 @@ def _check_before(work: Work, names: Sequence[str], keys: Mapping[str, str], sta
     """Before the first byte: nothing finished is overwritten by accident, and what a stage builds on is there."""
     for name in names:
         record = state.get(name)
-        kept = name in ("convert", "prepare", "calibrate", "pretrain") or (name == "plan" and "convert" in state)
+        # prepare adds further files to what it has, and refuses anything else itself.
+        kept = name in ("convert", "calibrate", "pretrain") or (name == "plan" and "convert" in state)
         if record and kept and record["key"] != keys[name] and not work.force:
             raise UsageError(
                 f"{name} is finished with other settings{_difference(record['settings'], name, work.config)}",

@@ -17,9 +17,11 @@ from prismoe.progress import Progress
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
     from prismoe.config import Config
+    from prismoe.config.settings import DataConfig
+    from prismoe.data.prepare import DomainSource
     from prismoe.plan import Plan, PlanShape
 
-__all__ = ["STAGES", "Stage", "Work"]
+__all__ = ["STAGES", "Stage", "Work", "prepare_part", "sources"]
 
 PLAN, STATES, STATISTICS = "plan.safetensors", "prompts.safetensors", "calibration"
 
@@ -188,21 +190,42 @@ def _verify(work: Work) -> dict[str, Any]:
 
 
 def _prepare(work: Work) -> dict[str, Any]:
-    from prismoe.data.prepare import DomainSource, prepare
+    return prepare_part(work, None)
+
+
+def prepare_part(work: Work, part: tuple[int, int] | None) -> dict[str, Any]:
+    """The stage, or one share of it: see `prepare`."""
+    from prismoe.data.prepare import prepare
 
     data = work.config.need("data")
     return prepare(
-        {
-            name: DomainSource(train=_tuple(domain.train), heldout=_tuple(domain.heldout), field=domain.field)
-            for name, domain in data.domains.items()
-        },
+        sources(data),
         tokenizer=data.tokenizer or work.checkpoint.folder,
         out=work.folder("data"),
         heldout_fraction=data.heldout_fraction,
+        files_per_shard=data.files_per_shard,
+        max_bad=data.max_bad,
+        part=part,
+        offline=work.offline,
         force=work.force,
         dry_run=work.dry_run,
         on_progress=work.on_progress,
     ).to_dict()
+
+
+def sources(data: DataConfig) -> dict[str, DomainSource]:
+    """The text of every domain, as `prepare` takes it."""
+    from prismoe.data.prepare import DomainSource
+
+    return {
+        name: DomainSource(
+            train=_tuple(domain.train),
+            heldout=_tuple(domain.heldout),
+            field=domain.field,
+            select={key: _tuple(values) for key, values in (domain.select or {}).items()},
+        )
+        for name, domain in data.domains.items()
+    }
 
 
 def _calibrate(work: Work) -> dict[str, Any]:
@@ -337,6 +360,7 @@ def _texts(config: Config) -> dict[str, Any]:
     """Everything that decides the token shards: the files with their sizes, and how they are read."""
     data = config.need("data")
     found: dict[str, Any] = {"tokenizer": data.tokenizer, "heldout_fraction": data.heldout_fraction}
+    found["files_per_shard"] = data.files_per_shard
     for name, domain in data.domains.items():
         for split, paths in (("train", domain.train), ("heldout", domain.heldout)):
             texts = sorted(
@@ -346,6 +370,8 @@ def _texts(config: Config) -> dict[str, Any]:
             )
             found[f"domains.{name}.{split}"] = {path: Path(path).stat().st_size for path in texts}
         found[f"domains.{name}.field"] = domain.field
+        if domain.select:
+            found[f"domains.{name}.select"] = domain.select
     return found
 
 
