@@ -99,7 +99,7 @@ def show_plan(screen: Screen, found: dict[str, Any]) -> None:
         }
     )
     _layers(screen, anatomy)
-    _overlap(screen, anatomy)
+    _overlap(screen, anatomy, apart="branches" in found)
     if anatomy["covered"] is not None:
         _importance(screen, anatomy)
     if found["picture"] is not None:
@@ -134,7 +134,8 @@ def _span(layers: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _overlap(screen: Screen, anatomy: dict[str, Any]) -> None:
+def _overlap(screen: Screen, anatomy: dict[str, Any], *, apart: bool) -> None:
+    """`apart`: the same neurons, but of checkpoints that were trained apart."""
     overlap, count = anatomy["overlap"], anatomy["num_experts"]
     if count == 1:
         return
@@ -142,7 +143,8 @@ def _overlap(screen: Screen, anatomy: dict[str, Any]) -> None:
     if overlap is None:
         screen.line("none: no two experts hold the same neuron (the matrix is the identity)")
     elif anatomy["kind"] == "copies":
-        screen.line("all of it: every expert holds the same neurons (the matrix is all ones)")
+        what = "every neuron, as its own checkpoint has it" if apart else "the same neurons (the matrix is all ones)"
+        screen.line(f"all of it: every expert holds {what}")
     else:
         pairs = [overlap[one][two] for one in range(count) for two in range(count) if one != two]
         mean, most = 100 * sum(pairs) / len(pairs), 100 * max(pairs)

@@ -84,7 +84,8 @@ def compare_plans(first: str | Path | Plan, second: str | Path | Plan) -> Compar
 def _settings(plan: Plan) -> dict[str, Any]:
     origin, shape = plan.origin, plan_shape(plan)
     sizes = {name: getattr(shape, name) for name in ("num_experts", "top_k", "expert_width", "shared_width")}
-    return {"method": origin.method, "seed": origin.seed, **origin.arguments, **sizes}
+    branches = {"checkpoints": ", ".join(found[:12] for found in plan.branches)} if plan.branches else {}
+    return {"method": origin.method, "seed": origin.seed, **origin.arguments, **branches, **sizes}
 
 
 def _layer(index: int, one: LayerPlan | None, two: LayerPlan | None) -> LayerComparison:
