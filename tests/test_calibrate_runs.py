@@ -186,7 +186,7 @@ def test_settings_are_checked_when_they_are_made(settings: dict[str, Any], messa
 def test_text_that_is_all_the_same_has_no_clusters(tmp_path: Path) -> None:
     model = tiny_dense(tmp_path / "model")
     domain = domain_folder(tmp_path / "same", tokenizer=model / "tokenizer.json")
-    tokens = np.memmap(domain / "train-00000-000.tokens", "<u2", mode="r+")
+    tokens = np.memmap(domain / "train.tokens", "<u2", mode="r+")
     tokens[:] = 5
     tokens.flush()
     world = World(model, (Domain.open(domain),))

@@ -38,7 +38,7 @@ def run(tmp: Path, source: Path, **options: Any) -> Imported:
 
 def windows(tmp: Path, length: int = 64, most: int = 8) -> torch.Tensor:
     """The held-out windows: the start token and `length` - 1 ids, evenly spaced."""
-    tokens = np.fromfile(tmp / "text/heldout-00000-000.tokens", "<u2").astype(np.int64)
+    tokens = np.fromfile(tmp / "text/heldout.tokens", "<u2").astype(np.int64)
     available = len(tokens) // (length - 1)
     chosen = sorted({int(x) for x in np.linspace(0, available - 1, min(most, available))})
     return torch.stack([torch.tensor([1, *tokens[n * (length - 1) : (n + 1) * (length - 1)].tolist()]) for n in chosen])

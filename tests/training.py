@@ -48,6 +48,7 @@ def domain_folder(
         "end_token": END,
         "tokenizer_sha256": sha256_file(tokenizer),
         "splits": splits,
+        "shards": {split: [{"name": split, "counts": counts}] for split, counts in splits.items()},
     }
     files = hash_files(folder, [f"{split}.{part}" for split in splits for part in ("tokens", "ends")])
     Manifest(kind="domain", parents={}, config=config, files=files).write(folder)
