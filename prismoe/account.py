@@ -9,7 +9,7 @@ from typing import Any
 
 from prismoe.checkpoint.family import DenseConfig, tensor_shapes
 from prismoe.plan import PlanShape
-from prismoe.target import PAD_TO, Objection, Target, absorbed, padded
+from prismoe.target import PAD_TO, Objection, Target, absorbed, check_rows, padded
 from prismoe.targets import all_targets, find_target
 
 __all__ = ["Account", "account"]
@@ -60,6 +60,9 @@ def account(
     """Account for a plan on a dense model as `target` would store it. Reads nothing.
 
     The other targets' verdicts are in `accepted_by` and `objections`.
+
+    Raises:
+        UsageError: an unknown target, or `pad_to` leaves a width that stock transformers cannot run.
     """
     if isinstance(target, str):
         target = find_target(target)
@@ -72,6 +75,7 @@ def account(
     router = shape.num_experts * hidden if target.router else 0
     routed, shared = 3 * hidden * shape.expert_width, 3 * hidden * shape.shared_width
     width, shared_width = target.widths(shape, pad_to=pad_to)
+    check_rows(dense, target, width)
     wide, wide_shared = 3 * hidden * width - routed, 3 * hidden * shared_width - shared
     biases = _zero_biases(dense, target)
     constants = sum(math.prod(constant.size(dense, shape)) for constant in target.constants)

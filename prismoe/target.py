@@ -28,6 +28,7 @@ __all__ = [
     "Slot",
     "Target",
     "absorbed",
+    "check_rows",
     "lower",
     "moe_config",
     "output_config",
@@ -36,6 +37,7 @@ __all__ = [
 
 PAD_TO = 32
 """Widths are rounded up to this with zero neurons: stock CPU kernels need 8, llama.cpp's Q8_0 blocks need 32."""
+ROW_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,24 @@ class Target:
         )
 
 
+def check_rows(dense: DenseConfig, target: Target, width: int) -> None:
+    """Stock transformers multiplies all experts at once (grouped_mm), which wants rows that are multiples of 16 bytes.
+
+    A dtype that is not known counts as 16 bit.
+
+    Raises:
+        UsageError: experts `width` wide would load and then fail at their first token.
+    """
+    step = ROW_BYTES // {"float32": 4, "float64": 8}.get(dense.dtype or "", 2)
+    if target.router and width % step:
+        raise UsageError(
+            f"experts {width} wide in {dense.dtype or '16 bit'}: stock transformers loads them and cannot run them",
+            where="convert.pad_to",
+            needed=f"a multiple of {step}",
+            hint=f"convert.pad_to={PAD_TO}; zero neurons change nothing",
+        )
+
+
 def padded(width: int, pad_to: int = PAD_TO) -> int:
     """`width` rounded up to a multiple of `pad_to`."""
     return -(-width // pad_to) * pad_to
@@ -238,6 +258,7 @@ def lower(
             "absorb with experts that were changed", where=where, needed="experts of the base's unchanged neurons"
         )
     width, shared_width = target.widths(shape, pad_to=pad_to)
+    check_rows(dense, target, width)
     zero_biases = target.zero_biases(dense)
     recipes: dict[str, Recipe] = {}
     for name, at in _in_layer_order(checkpoint, plan.rest).items():

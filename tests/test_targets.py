@@ -15,11 +15,12 @@ import pytest
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.family import dense_config
+from prismoe.cli import main
 from prismoe.convert import convert
 from prismoe.errors import InputError, UsageError
 from prismoe.plan import Plan, PlanShape, make_plan, plan_shape
 from prismoe.recipe import Copy, Fill, Stack, Take
-from prismoe.target import lower, moe_config, padded
+from prismoe.target import check_rows, lower, moe_config, padded
 from prismoe.targets import all_targets, find_target
 from prismoe.verify import verify
 from tests import golden
@@ -127,6 +128,23 @@ def test_upcycled_is_the_dense_model_and_a_partition_is_not(made: dict[str, Made
         assert difference <= TOLERANCE
     else:
         assert difference > 0.1
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_comparison_sees_a_thousandth_of_one_weight(made: dict[str, Made], layer: int) -> None:
+    """Cohere2's mixed case agrees with the formula to the last bit (both add the same products in the same order):
+    layer 0 has experts, layer 1 is dense, and neither is left out of the comparison.
+    """
+    import torch
+
+    expected = made["cohere2 -> cohere2_moe, middle layers dense"]
+    model, _ = golden.load(expected.folder)
+    assert model.config.mlp_layer_types == ["sparse", "dense", "dense", "sparse"]
+    mlp = model.model.layers[layer].mlp
+    with torch.no_grad():
+        for weight in (mlp.down_proj.weight,) if layer else mlp.experts.down_proj:
+            weight[0, 0] *= 1.001
+    assert np.abs(golden.compute(model)[0] - expected.logits).max() > 5 * TOLERANCE
 
 
 @pytest.mark.parametrize("target", sorted(name for name, found in all_targets().items() if found.router))
@@ -295,6 +313,34 @@ def test_absorbed_neurons_stand_behind_those_of_every_expert(tmp_path: Path) -> 
 )
 def test_padded(width: int, pad_to: int, wanted: int) -> None:
     assert padded(width, pad_to) == wanted
+
+
+def test_widths_that_stock_matrix_products_cannot_run_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's grouped_mm: rows of 16 bytes. What passes here is run below, and what does not is run in test_verify."""
+    for dtype, step in (("float32", 4), ("bfloat16", 8), (None, 8)):
+        dense = replace(dense_config(LLAMA), dtype=dtype)
+        for width in (*range(1, 17), 24):
+            if width % step == 0:
+                check_rows(dense, find_target("mixtral"), width)
+                continue
+            with pytest.raises(
+                UsageError, match=rf"^convert.pad_to: experts {width} wide .* multiple of {step} "
+            ):
+                check_rows(dense, find_target("mixtral"), width)
+        check_rows(dense, find_target("dense"), 43)
+    source = tiny_dense(tmp_path / "dense", intermediate_size=172)
+    arguments = [str(source), "plan.num_experts=4", "convert.pad_to=1"]
+    for verb in (["plan"], ["convert", "--out", str(tmp_path / "run")]):
+        assert main([*verb, *arguments]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("prismoe: ")
+        assert "experts 43 wide in float32: stock transformers loads them and cannot run them" in line
+        assert "needed a multiple of 4 (hint: convert.pad_to=32; zero neurons change nothing)" in line
+    assert not (tmp_path / "run" / "moe").exists()
+    convert(source, make_plan(source, num_experts=4), pad_to=4, out=tmp_path / "moe")
+    assert verify(tmp_path / "moe", source=source).passed
 
 
 @pytest.mark.parametrize("case", ["llama2 -> mixtral, partition", "llama2 -> granitemoeshared, shared"])

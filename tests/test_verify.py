@@ -168,9 +168,10 @@ def test_no_tokens_and_no_source(tmp_path: Path) -> None:
         verify(folder)
 
 
-def test_a_width_that_the_stock_class_cannot_run(tmp_path: Path) -> None:
+def test_a_width_that_the_stock_class_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three neurons an expert, not padded: transformers loads it, and its matrix products need 16-byte strides."""
     source = tiny_dense(tmp_path / "dense")
+    monkeypatch.setattr("prismoe.target.ROW_BYTES", 4)  # as if convert did not know
     convert(source, make_plan(source, num_experts=32), pad_to=1, out=tmp_path / "moe")
     with pytest.raises(InputError, match=r"loads it and cannot run it: .* \(hint: convert with pad_to=32\)"):
         check(tmp_path / "moe")

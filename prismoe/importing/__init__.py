@@ -22,7 +22,7 @@ from prismoe.errors import InputError, InterruptedRun, UsageError
 from prismoe.folder import MANIFEST, FileEntry, claim, sha256_file, write_atomic
 from prismoe.importing.llama_moe import LlamaMoe, mixtral_recipes, read_llama_moe
 from prismoe.progress import Progress, quiet
-from prismoe.target import moe_config
+from prismoe.target import check_rows, moe_config
 from prismoe.targets import find_target
 from prismoe.train.fit import check_fit
 
@@ -146,6 +146,7 @@ def _output(
     target = find_target(TARGET)
     config = moe_config(model.dense, model.shape, target, pad_to=settings["pad_to"])
     width = target.widths(model.shape, pad_to=settings["pad_to"])[0]
+    check_rows(model.dense, target, width)
     recipes = mixtral_recipes(checkpoint, model, rows, width=width)
     side_files = {path.name: path.read_bytes() for path in checkpoint.side_files}
     return Output(
