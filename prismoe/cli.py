@@ -34,7 +34,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(stages.plan, "decide which neurons become which expert, and what would come out", ("plan", "convert")),
     "convert": Verb(stages.stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
     "verify": Verb(stages.verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
-    "prepare": Verb(stages.stages, "turn the text of each domain into tokens", ("data",)),
+    "prepare": Verb(stages.prepare, "turn the text of each domain into tokens", ("data",)),
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),
     "eval": Verb(stages.stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
@@ -70,6 +70,7 @@ def _parser() -> _Parser:
     parser.add_argument("--out")
     parser.add_argument("--for", dest="engines")
     parser.add_argument("--compare", nargs=2)
+    parser.add_argument("--part")
     parser.add_argument("--seed", type=int)
     return parser
 
@@ -85,6 +86,8 @@ options:
   --for A,B    choose a target that is right in these engines (`convert.engines`): transformers5, transformers4,
                vllm, sglang, gguf, mlx
   --compare A B  with plan: how far two plan files agree
+  --part I/N   with prepare: only the I-th of N shares of the work, then once without it; a Slurm array of 64:
+               sbatch --array=1-64 --wrap 'prismoe prepare CONFIG.yaml --part $SLURM_ARRAY_TASK_ID/64'
   --json       one JSON object on stdout, nothing else
   --debug      the traceback of an error
   --version    version
@@ -125,6 +128,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"unknown verb {flags.verb!r}", needed=f"one of {', '.join(VERBS)}", hint=hint)
     if flags.compare is not None and flags.verb not in ("plan", None):
         raise UsageError(f"--compare with {flags.verb}", needed="prismoe plan --compare PLAN PLAN")
+    if flags.part is not None and flags.verb not in ("prepare", None):
+        raise UsageError(f"--part with {flags.verb}", needed="prismoe prepare CONFIG.yaml --part I/N")
     return flags
 
 

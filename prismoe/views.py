@@ -195,19 +195,25 @@ def _prepare(screen: Screen, receipt: Receipt) -> None:
     for row in receipt["domains"]:
         train, held = row["splits"]["train"], row["splits"]["heldout"]
         per_token = train["num_bytes"] / max(train["num_tokens"], 1)
+        unknown = 100 * (train["num_unknown"] + held["num_unknown"]) / max(train["num_tokens"] + held["num_tokens"], 1)
         cells = [count_text(train[key]) for key in ("num_documents", "num_tokens")]
-        cells += [bytes_text(train["num_bytes"]), f"{per_token:.2f}"]
+        cells += [bytes_text(train["num_bytes"]), f"{per_token:.2f}", f"{unknown:.2g} %" if unknown else "0"]
         rows.append([row["name"], *cells, count_text(held["num_documents"]), count_text(held["num_tokens"])])
-    columns = ["\ndomain", "train\ndocuments", "\ntokens", "\ntext", "bytes/\ntoken", "held out\ndocuments", "\ntokens"]
-    screen.table(columns, rows)
+    columns = ["\ndomain", "train\ndocuments", "\ntokens", "\ntext", "bytes/\ntoken", "unknown\ntokens"]
+    screen.table([*columns, "held out\ndocuments", "\ntokens"], rows)
     for row in receipt["domains"]:
-        unknown = sum(split["num_unknown"] for split in row["splits"].values())
-        tokens = sum(split["num_tokens"] for split in row["splits"].values())
-        if unknown:
-            share = 100 * unknown / tokens
-            screen.line(f"note: {row['name']}: {share:.2g} % of the tokens are unknown to the tokenizer", style="dim")
         if row["num_empty"]:
             screen.line(f"note: {row['name']}: {row['num_empty']} empty documents left out", style="dim")
+        if row["num_filtered"]:
+            screen.line(f"note: {row['name']}: {row['num_filtered']} documents not kept by the filters", style="dim")
+        if row["bad"]:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in row["bad"].items())
+            screen.line(f"note: {row['name']}: unreadable documents left out: {reasons}", style="dim")
+    if receipt["encoder"]:
+        proof = f": {receipt['proof']}" if receipt["proof"] else ""
+        screen.line(f"tokenised with {receipt['encoder']}{proof}", style="dim")
+    if receipt["part"] is not None:
+        screen.line("part {} of {}; after all of them: the same without --part".format(*receipt["part"]), style="dim")
 
 
 def _calibrate_line(receipt: Receipt) -> str:

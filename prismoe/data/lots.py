@@ -175,8 +175,10 @@ def record_key(route: Route, lot: Lot, segment: int, start: Place, hashes: Hashe
 
 
 def keep_file(route: Route, lot: Lot, number: int) -> Path | None:
-    """Which documents of the lot's `number`-th file stay: one byte for each."""
-    return None if route.keep is None else route.keep / f"{lot.split}-{lot.first + number:05d}.keep"
+    """Which documents of the lot's `number`-th file stay, one byte for each record; None: all. See `sift`."""
+    if route.keep is None or lot.split == "heldout":  # what measures is not filtered
+        return None
+    return route.keep / f"train-{lot.first + number:05d}.keep"
 
 
 def find_records(route: Route, lot: Lot, hashes: Hashes) -> Iterator[Record]:

@@ -23,8 +23,8 @@ from prismoe.data.shard import make_lot
 from prismoe.data.shards import KIND, Split, SplitCounts, token_dtype
 from prismoe.data.sources import DomainSource, resolve
 from prismoe.data.tokenizer import DocumentTokenizer
-from prismoe.errors import UsageError
-from prismoe.folder import claim
+from prismoe.errors import InputError, UsageError
+from prismoe.folder import Manifest, claim
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
 
@@ -57,8 +57,8 @@ class PreparedDomain:
 class Prepared:
     """Receipt of `prepare`. `seconds` and `tokens_per_second` are of the domains made in this call.
 
-    `encoder` says what tokenised, and `proof` what its ids were compared with (empty: nothing stood in for the
-    tokenizer itself).
+    `encoder` says what tokenised (empty: nothing had to be), `proof` what its ids were compared with (empty: nothing
+    stood in for the tokenizer itself).
     """
 
     domains: tuple[PreparedDomain, ...]
@@ -131,7 +131,7 @@ def prepare(
     _check(domains, heldout_fraction, files_per_shard, max_bad, part, force)
     opened = DocumentTokenizer.open(tokenizer, add_special_tokens=add_special_tokens)
     settings = {
-        "add_to_key": heldout_fraction,
+        "heldout_fraction": heldout_fraction,
         "files_per_shard": files_per_shard,
         "vocab_size": opened.vocab_size,
         "start_token": opened.start_token,
@@ -168,7 +168,7 @@ def prepare(
         dtype=token_dtype(opened.vocab_size).name,
         start_token=opened.start_token,
         end_token=opened.end_token,
-        encoder=encoder.encoder.name,
+        encoder=encoder.encoder.name if made and todo else "",
         proof=encoder.encoder.proof,
         seconds=seconds,
         tokens_per_second=tokens / seconds if tokens else 0.0,
@@ -212,6 +212,8 @@ def _readings(
     offline: bool,
 ) -> list[Reading]:
     """Domains grouped by the files that they read, in the order of `domains`."""
+    if keep is not None and Manifest.read(Path(keep)) is None:
+        raise InputError("not a finished sift", where=str(keep), hint="`prismoe sift` first")
     groups: dict[Any, list[Route]] = {}
     files: dict[Any, dict[Split, tuple[Path, ...]]] = {}
     for name, source in domains.items():
@@ -221,9 +223,8 @@ def _readings(
                 raise UsageError(
                     f"{len(paths)} {split} files", where=f"domain {name}", hint="raise data.files_per_shard"
                 )
-        fraction = None if found["heldout"] else shared["add_to_key"]
-        settings = {key: value for key, value in shared.items() if key != "add_to_key"}
-        settings |= {"name": name, "field": source.field, "heldout_fraction": fraction}
+        fraction = None if found["heldout"] else shared["heldout_fraction"]
+        settings = {**shared, "name": name, "field": source.field, "heldout_fraction": fraction}
         settings["select"] = {key: sorted(values) for key, values in sorted(source.select.items())}
         sifted = Path(keep) / name if keep is not None and (Path(keep) / name).is_dir() else None
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,7 @@ from prismoe.state import CONFIG, STATE, read_state
 if TYPE_CHECKING:
     from prismoe.config import Config
 
-__all__ = ["STAGES", "Done", "Run", "run"]
+__all__ = ["STAGES", "Done", "Run", "run", "run_folder"]
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,18 @@ def _checkable(config: Config, name: str) -> bool:
     return {"prepare": True, "calibrate": (out / STAGES["prepare"].output).exists()}.get(name, measured)
 
 
-@contextmanager
-def _hold(out: Path) -> Iterator[None]:
-    """Hold the run folder. What else a person keeps there is left alone: the stages claim their own folders in it."""
+def run_folder(out: Path) -> None:
+    """Mark `out` as a run's folder where it is new, or holds nothing that a stage would write."""
     out.mkdir(parents=True, exist_ok=True)
     ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}
     if not (out / MARKER).exists() and not any((out / name).exists() for name in ours):
         write_json_atomic(out / MARKER, {"kind": "run", "key": "run"})
+
+
+@contextmanager
+def _hold(out: Path) -> Iterator[None]:
+    """Hold the run folder. What else a person keeps there is left alone: the stages claim their own folders in it."""
+    run_folder(out)
     with claim(out, kind="run", key="run"):
         yield
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from prismoe.verbs.job import Job
 
-__all__ = ["plan", "stages", "verify"]
+__all__ = ["plan", "prepare", "stages", "verify"]
 
 
 def stages(job: Job) -> dict[str, Any]:
@@ -43,6 +44,29 @@ def stages(job: Job) -> dict[str, Any]:
     if not result.stages:
         job.screen.note(f"{job.verb}: the config is right; there is nothing else to check before the work itself")
     return result.to_dict() if several or not result.stages else result.of(job.verb)
+
+
+def prepare(job: Job) -> dict[str, Any]:
+    """The stage, or with `--part` one share of it, which leaves the run's state alone."""
+    if job.flags.part is None:
+        return stages(job)
+    from prismoe import views
+    from prismoe.errors import UsageError
+    from prismoe.run import run_folder
+    from prismoe.run.stages import Work, prepare_part
+
+    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", job.flags.part)
+    if part is None:
+        raise UsageError(f"--part {job.flags.part}", needed="I/N, for instance 3/64")
+    config, flags = job.config(), job.flags
+    config.need("data")
+    if not flags.dry_run:
+        run_folder(Path(config.need("out")))
+    with job.screen.progress() as on_progress:
+        work = Work(config, dry_run=flags.dry_run, force=flags.force, offline=flags.offline, on_progress=on_progress)
+        receipt = prepare_part(work, (int(part[1]), int(part[2])))
+    views.view(job.screen, "prepare", receipt)
+    return receipt
 
 
 def verify(job: Job) -> dict[str, Any]:
