@@ -1,30 +1,37 @@
-"""Training state on disk: weights, optimizer moments and counters in safetensors and JSON; never a pickle.
+"""Training state on disk: PyTorch's distributed checkpoint in safetensors, its meaning in JSON; never a pickle.
 
-One folder per checkpoint, `step-00000100/`, complete when its manifest is there. There is no RNG state to keep:
-batches and every draw of a step are functions of (seed, step).
+One folder per checkpoint, `step-00000100/`, complete when its manifest is there. Every process writes what it holds
+into a file of its own; a header says where in the whole each piece lies, so any other number of processes can read
+it. There is no RNG state to keep: batches and every draw of a step are functions of (seed, step).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from prismoe.errors import InputError, ResourceError
-from prismoe.folder import Manifest, fsync_folder, hash_files, write_json_atomic
+from prismoe.folder import FileEntry, Manifest, fsync_folder, sha256_file, write_json_atomic
+from prismoe.train.engine import Engine
 from prismoe.train.routers import Policy
 
 __all__ = ["latest", "prune", "restore", "save"]
 
 _NAME = re.compile(r"step-(\d{8,})")
+_STATE = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -32,6 +39,7 @@ def save(
     folder: Path,
     *,
     step: int,
+    engine: Engine,
     model: torch.nn.Module,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -40,31 +48,43 @@ def save(
     """Write checkpoint `step` under `folder`; `state` is JSON and comes back from `restore`. Kept if already there.
 
     Raises:
-        ResourceError: the disk is full or not writable.
+        ResourceError: the disk is full or not writable; checkpoints that were there before still are.
     """
     target = folder / f"step-{step:08d}"
-    if Manifest.read(target) is not None:
+    engine.at("saving")
+    if engine.from_first(Manifest.read(target) is not None):
         return target
-    try:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        path = target / "state.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in _tensors(model, policy, optimizer)}, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(f"cannot write: {error}", where=str(target)) from error
-    write_json_atomic(target / "state.json", state)
-    fsync_folder(folder)
-    files = hash_files(target, ["state.json", "state.safetensors"])
-    Manifest(kind="training-state", parents={}, config={"step": step}, files=files).write(target)
+    tensors = dict(_tensors(model, policy, optimizer))
+    with _written(target):
+        if engine.first:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            _require_room(target, tensors)
+        engine.barrier("saving")
+        with _quiet():
+            save_tensors(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True),
+                process_group=engine.control,
+                no_dist=engine.world == 1,
+            )
+    if engine.first:
+        write_json_atomic(target / _STATE, state)
+        fsync_folder(folder)
+    engine.barrier("hashing what was saved")
+    names = sorted(path.name for path in target.iterdir() if path.name != "manifest.json")
+    files = _hashed(target, names, engine)
+    if engine.first:
+        Manifest(kind="training-state", parents={}, config={"step": step}, files=files).write(target)
+    engine.barrier("saved")
     return target
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint under `folder`."""
+def latest(folder: Path, engine: Engine) -> Path | None:
+    """The newest complete checkpoint under `folder`, as rank 0 sees it."""
     complete = _complete(folder)
-    return complete[-1] if complete else None
+    step = engine.from_first(int(complete[-1].name[5:]) if complete else -1)
+    return folder / f"step-{step:08d}" if step >= 0 else None
 
 
 def prune(folder: Path, *, keep: int) -> None:
@@ -78,28 +98,99 @@ def prune(folder: Path, *, keep: int) -> None:
             shutil.rmtree(path)
 
 
-def restore(path: Path, *, model: torch.nn.Module, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(
+    path: Path, *, engine: Engine, model: torch.nn.Module, policy: Policy, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Put weights, router policy and optimizer state of checkpoint `path` back in place; returns `state`.
 
     Raises:
         InputError: a file is damaged, or does not fit the model.
     """
+    engine.at("reading a checkpoint")
     manifest = Manifest.read(path)
-    assert manifest is not None, "restore is given complete checkpoints"
-    manifest.check(path)
+    if manifest is None:
+        raise InputError("not a complete checkpoint", where=str(path), hint="is it on a disk that all ranks see?")
+    mine = {name: entry for number, (name, entry) in enumerate(sorted(manifest.files.items())) if _ours(number, engine)}
+    Manifest(kind=manifest.kind, parents={}, config={}, files=mine).check(path)
     wanted = dict(_tensors(model, policy, optimizer))
-    with safe_open(path / "state.safetensors", framework="pt") as file, torch.no_grad():
-        if different := sorted(set(file.keys()) ^ set(wanted)):
-            raise InputError(f"{different[0]} is in only one of them", where=str(path), needed="the model's tensors")
-        for name, tensor in wanted.items():
-            tensor.copy_(file.get_tensor(name))
-    state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
+    reader = HuggingFaceStorageReader(str(path))
+    with _quiet():
+        found = reader.read_metadata().state_dict_metadata.items()
+        stored = {name: tuple(info.size) for name, info in found if isinstance(info, TensorStorageMetadata)}
+        needed = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+        if different := sorted(set(stored.items()) ^ set(needed.items())):
+            name = different[0][0]
+            what = f"{name} is {_shape(stored.get(name))}"
+            raise InputError(what, where=str(path), needed=f"{_shape(needed.get(name))}, as in the model")
+        load_tensors(
+            wanted,
+            storage_reader=HuggingFaceStorageReader(str(path)),
+            process_group=engine.control,
+            no_dist=engine.world == 1,
+        )
+    state: dict[str, Any] = json.loads((path / _STATE).read_bytes())
     return state
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "not there" if shape is None else f"of shape {list(shape)}"
 
 
 def _complete(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted((path for path in found if Manifest.read(path) is not None), key=lambda path: int(path.name[5:]))
+
+
+def _ours(number: int, engine: Engine) -> bool:
+    """Files are read and hashed in turns: each by one process."""
+    return number % engine.world == engine.rank
+
+
+def _hashed(folder: Path, names: list[str], engine: Engine) -> dict[str, FileEntry]:
+    """Manifest entries of `names`, the same in every process."""
+    digests = torch.zeros(len(names), 32, dtype=torch.int64)
+    for number, name in enumerate(names):
+        if _ours(number, engine):
+            digests[number] = torch.tensor(list(bytes.fromhex(sha256_file(folder / name))))
+    if engine.world > 1:
+        digests = engine.gather(digests).sum(dim=0)
+    sizes = [(folder / name).stat().st_size for name in names]
+    return {
+        name: {"sha256": bytes(digest).hex(), "bytes": size}
+        for name, digest, size in zip(names, digests.tolist(), sizes, strict=True)
+    }
+
+
+def _require_room(target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    free = shutil.disk_usage(target).free
+    if needed + (1 << 20) > free:
+        shutil.rmtree(target)
+        raise ResourceError(
+            f"{free / 1e9:.1f} GB of disk free",
+            where=str(target),
+            needed=f"{needed / 1e9:.1f} GB for this checkpoint",
+            hint="the last one is whole: free some space and give the same command again",
+        )
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[None]:
+    """What goes wrong with a disk, in the words of our errors."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot write: {error.strerror or error}", where=str(target)) from error
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ResourceError(f"cannot write: {reason}", where=str(target)) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _tensors(
@@ -124,6 +215,6 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) ->
     """AdamW's state; what it starts from (zeros) where the parameter had no gradient yet, being frozen or held back."""
     state: dict[str, torch.Tensor] = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state |= {name: torch.zeros_like(parameter) for name in _MOMENTS[1:]}
     return {name: state[name] for name in _MOMENTS}

@@ -2,181 +2,44 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-
-from prismoe.data.mixture import Batch, Mixture
 from prismoe.data.rules import Mixing
-from prismoe.data.shards import heldout_windows
-from prismoe.errors import InterruptedRun, NumericalError
+from prismoe.errors import InterruptedRun
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
+from prismoe.train.engine import Engine
+from prismoe.train.health import Health
+from prismoe.train.heldout import LeftEarly, heldout_losses
 from prismoe.train.metrics import MetricsLog
-from prismoe.train.routers import Moment, Policy, Router, attach_policy
-from prismoe.train.routing import GradientGuard, LoadMeter, watch
-from prismoe.train.schedule import learning_rate
-from prismoe.train.scoring import score_text, token_losses
+from prismoe.train.routers import attach_policy
+from prismoe.train.routing import watch
 from prismoe.train.settings import PretrainConfig
+from prismoe.train.stopping import StopRequest
+from prismoe.train.trainer import Trainer
+from prismoe.train.updates import adamw
 
-__all__ = ["Finished", "StopRequest", "stop_on_signal", "train"]
+__all__ = ["Finished", "train"]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run of the loop went: what `pretrain` puts into its receipt."""
+    """How a run of the loop went: what `pretrain` puts into its receipt.
+
+    `steps` were taken in all and `steps_run` by this command; `batches` were drawn, those passed over included.
+    """
 
     resumed_from: int
+    steps: int
     steps_run: int
+    batches: int
+    skipped: int
+    went_back: int
     seconds: float
     num_routers: int
-
-
-@dataclass
-class StopRequest:
-    """Set by a signal; the loop looks at it between steps and between windows of evaluation."""
-
-    signal_name: str = ""
-
-
-class _Stopped(Exception):
-    """Evaluation was left early because a stop was requested."""
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """SIGINT and SIGTERM become a request while the context is open; a second one acts as it did before."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread can have handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request.signal_name = signal.Signals(number).name
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
-class _Run:
-    model: Any
-    config: PretrainConfig
-    mixture: Mixture
-    routers: list[Router]
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    log: MetricsLog
-    stop: StopRequest
-    on_progress: Progress
-    parameters: list[torch.nn.Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = [*self.model.parameters(), *self.policy.parameters().values()]
-        self.guard = GradientGuard(self.routers, patience=min(3, self.config.steps))
-
-    def step(self, step: int) -> dict[str, Any]:
-        """One update from the batch of `step`; returns its line for the log."""
-        config = self.config
-        torch.manual_seed(_step_seed(config.seed, step))
-        rate = learning_rate(
-            step, steps=config.steps, peak=config.lr, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = self.mixture.batch(step)
-        meter = LoadMeter(self.routers)
-        loss_BT, router_loss = self._forward_backward(batch, step, meter)
-        line: dict[str, Any] = {
-            "event": "step",
-            "step": step + 1,
-            "lr": rate,
-            **_by_domain(batch, loss_BT, self.mixture.names),
-        }
-        if self.routers:
-            line["router_loss"] = router_loss
-            line |= {**meter.summary(), **self.policy.metrics()}
-        self.policy.before_step(self.model.parameters())
-        router_norms = self.guard.norms()
-        whole = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip))
-        if not math.isfinite(whole):
-            raise _not_finite(f"gradient norm is {whole}", step)
-        self.guard.check(router_norms, whole=whole, step=step + 1)
-        self.optimizer.step()
-        self.policy.after_step()
-        self.optimizer.zero_grad(set_to_none=True)
-        line["gradient_norm"] = whole
-        if self.routers:
-            line["router_gradient_norm"] = math.hypot(*router_norms)
-        return line
-
-    def _forward_backward(self, batch: Batch, step: int, meter: LoadMeter) -> tuple[torch.Tensor, float]:
-        inputs_BT, labels_BT = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-        size = self.config.micro_batch_size or len(inputs_BT)
-        num_tokens = int((labels_BT[:, 1:] != -100).sum())
-        positions_BT = None if batch.position_ids is None else torch.from_numpy(batch.position_ids)
-        parts, router_total = [], 0.0
-        for start in range(0, len(inputs_BT), size):
-            labels = labels_BT[start : start + size]
-            numbers_T = torch.arange(start * inputs_BT.shape[1], (start + len(labels)) * inputs_BT.shape[1])
-            self.policy.begin(Moment(self.config.seed, step, numbers_T, inputs_BT.numel()))
-            with _autocast(self.config.precision):
-                positions = None if positions_BT is None else positions_BT[start : start + size]
-                inputs = inputs_BT[start : start + size]
-                logits_BTV = self.model(input_ids=inputs, position_ids=positions, use_cache=False).logits
-            loss_BT = token_losses(logits_BTV, labels)
-            loss = loss_BT.sum() / num_tokens
-            if self.routers:
-                share = float((labels[:, 1:] != -100).sum()) / num_tokens
-                router_loss = self.policy.loss() * share
-                meter.add()
-                loss = loss + router_loss
-                router_total += float(router_loss.detach())
-            if not torch.isfinite(loss):
-                raise _not_finite(f"loss is {float(loss.detach())}", step)
-            loss.backward()  # type: ignore[no-untyped-call]
-            parts.append(loss_BT.detach())
-        return torch.cat(parts), router_total
-
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """Held-out loss a token of every domain, and the load of the routers over that text."""
-        config = self.config
-        meter = LoadMeter(self.routers)
-        heldout: dict[str, Any] = {}
-
-        def after_batch(done: int) -> None:
-            meter.add()
-            if self.stop.signal_name:
-                raise _Stopped
-
-        for domain in self.mixture.domains:
-            name = domain.name
-            self.on_progress(f"held-out loss: {name}", len(heldout), len(self.mixture.names))
-            windows = heldout_windows(domain, seq_len=config.seq_len, max_tokens=config.eval_tokens)
-            size = config.micro_batch_size or config.batch_size
-            with _autocast(config.precision):
-                found = score_text(
-                    self.model, domain, windows, batch_size=size, where=f"held-out {name}", after_batch=after_batch
-                )
-            heldout[name] = {"loss": found.loss, "standard_error": found.standard_error, "tokens": windows.num_tokens}
-        self.on_progress("held-out loss", len(heldout), len(heldout))
-        return {"event": "eval", "step": step, "heldout": heldout, **meter.result()}
 
 
 def train(
@@ -184,106 +47,160 @@ def train(
     config: PretrainConfig,
     *,
     mixing: Mixing,
+    engine: Engine,
     out: Path,
     stop: StopRequest,
     on_progress: Progress,
 ) -> Finished:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint under `out`.
 
-    Batches come from the mixture of `mixing`, whose weights it moves where it is due.
-
-    Writes `metrics.jsonl` and `checkpoints/` in `out`.
+    Batches come from the mixture of `mixing`, whose weights it moves where it is due. Rank 0 writes `metrics.jsonl`
+    in `out`; every process writes its part of `checkpoints/`.
 
     Raises:
         InterruptedRun: `stop` was requested; the state is saved.
         NumericalError: a loss, gradient or router gradient that cannot be; no weight was changed by that step.
+        ResourceError: another process is gone, or there is no disk for a checkpoint.
     """
-    folder, mixture = out / "checkpoints", mixing.mixture
-    log = None
-    try:
-        with watch(model) as routers:
-            policy = attach_policy(config.router, routers, arguments=config.arguments)
-            optimizer = _optimizer([*model.parameters(), *policy.parameters().values()], config)
-            state: dict[str, Any] = {"step": 0, "log": 0, "evaluated": False}
-            found = checkpoints.latest(folder)
-            if found is not None:
-                state = checkpoints.restore(found, model=model, policy=policy, optimizer=optimizer)
-                mixture.restore(state["history"])
-            first, evaluated = int(state["step"]), bool(state["evaluated"])
-            log = MetricsLog(out / "metrics.jsonl", position=int(state["log"]))
-            model.train()
-            started = time.monotonic()
-            run = _Run(model, config, mixture, routers, policy, optimizer, log, stop, on_progress)
-            for step in range(first, config.steps + 1):
-                due = step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0)
-                due = due or mixing.due(step)
-                if due and not (evaluated and step == first):
-                    try:
-                        line = run.evaluate(step)
-                        log.write(line)
-                        moved = mixing.update(step, {n: e["loss"] for n, e in line["heldout"].items()})
-                        if moved is not None:
-                            log.write(moved)
-                    except _Stopped:
-                        due = False
-                save = config.save_every and step % config.save_every == 0 and first < step < config.steps
-                if (save or stop.signal_name) and step > 0:
-                    log.sync()
-                    state = {"step": step, "log": log.position, "evaluated": bool(due), "history": mixture.history}
-                    checkpoints.save(folder, step=step, model=model, policy=policy, optimizer=optimizer, state=state)
-                    checkpoints.prune(folder, keep=config.keep)
-                if stop.signal_name:
-                    raise InterruptedRun(
-                        f"stopped by {stop.signal_name} after step {step} of {config.steps}",
-                        where=str(out),
-                        hint="the same command continues",
-                    )
-                if step < config.steps:
-                    line = run.step(step)
-                    log.write(line)
-                    on_progress(f"train step: loss {line['loss']:.3f}", step + 1, config.steps)
-            policy.detach()
-            return Finished(first, config.steps - first, time.monotonic() - started, len(routers))
-    finally:
-        if log is not None:
-            log.sync()
-            log.close()
+    with watch(model) as routers:
+        policy = attach_policy(config.router, routers, arguments=config.arguments, all_reduce=engine.sum_with_gradient)
+        optimizer = adamw([*model.parameters(), *policy.parameters().values()], config)
+        health = Health(spike=config.spike, limit=config.skip_limit, rollbacks=config.rollbacks)
+        trainer = Trainer(model, config, mixing.mixture, routers, policy, optimizer, engine, health)
+        with engine.losing_others():
+            run = _Run(trainer, mixing, out, stop, on_progress)
+            try:
+                return run.through()
+            finally:
+                run.close()
+                policy.detach()
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], config: PretrainConfig) -> torch.optim.AdamW:
-    """AdamW; vectors (norm gains, biases) do not decay, matrices (embeddings and routers among them) do."""
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+class _Run:
+    """The steps of one command in order, with what has to be done between them."""
 
+    def __init__(self, trainer: Trainer, mixing: Mixing, out: Path, stop: StopRequest, on_progress: Progress) -> None:
+        self.trainer, self.mixing, self.out, self.stop, self.on_progress = trainer, mixing, out, stop, on_progress
+        self.config, self.engine, self.health = trainer.config, trainer.engine, trainer.health
+        self.folder = out / "checkpoints"
+        self.step, self.evaluated, position = 0, False, 0
+        found = checkpoints.latest(self.folder, self.engine)
+        if found is not None:
+            position = self._restore(found)
+        self.log = MetricsLog(out / "metrics.jsonl", position=position, muted=not self.engine.first)
 
-def _autocast(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    def close(self) -> None:
+        self.log.sync()
+        self.log.close()
 
+    def through(self) -> Finished:
+        """Every step that is left, then the last evaluation."""
+        config, engine = self.config, self.engine
+        first, started = self.step, time.monotonic()
+        self.trainer.model.train()
+        while True:
+            if self._due() and not self.evaluated:
+                self.evaluated = self._evaluate()
+            stopping = engine.any(bool(self.stop.signal_name))
+            save = config.save_every and self.step % config.save_every == 0 and first < self.step < config.steps
+            if (save or stopping) and self.step > 0:
+                self._save()
+            if stopping:
+                raise InterruptedRun(
+                    f"stopped by {self.stop.signal_name or 'another rank'} after step {self.step} of {config.steps}",
+                    where=str(self.out),
+                    hint="the same command continues",
+                )
+            if self.step == config.steps:
+                break
+            line = self.trainer.step(self.step)
+            self.log.write(line)
+            if line["event"] == "skipped" and self.health.must_go_back:
+                self._go_back(line["found"])
+                continue
+            self.step, self.evaluated = self.step + 1, False
+            shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
+            self.on_progress(f"train step: {shown}", self.step, config.steps)
+        return Finished(
+            resumed_from=first,
+            steps=self.step,
+            steps_run=self.step - first,
+            batches=self.step + self.health.passed_over,
+            skipped=self.health.skipped,
+            went_back=self.health.went_back,
+            seconds=time.monotonic() - started,
+            num_routers=len(self.trainer.routers),
+        )
 
-def _step_seed(seed: int, step: int) -> int:
-    """Whatever a step draws depends on (seed, step) alone: there is no generator state to save."""
-    return (seed * 0x9E3779B97F4A7C15 + step) % 2**63
+    def _due(self) -> bool:
+        every = self.config.eval_every
+        at = self.step in (0, self.config.steps) or bool(every and self.step % every == 0)
+        return at or self.mixing.due(self.step + self.health.passed_over)
 
+    def _evaluate(self) -> bool:
+        """Held-out losses into the log and to the mixing rule; False when a stop was requested on the way."""
+        trainer = self.trainer
+        try:
+            found = heldout_losses(
+                trainer.model,
+                trainer.mixture,
+                config=self.config,
+                routers=trainer.routers,
+                engine=self.engine,
+                autocast=trainer.autocast,
+                stop=lambda: bool(self.stop.signal_name),
+                on_progress=self.on_progress,
+            )
+        except LeftEarly:
+            return False
+        self.log.write({"event": "eval", "step": self.step, **found})
+        losses = {name: entry["loss"] for name, entry in found["heldout"].items()}
+        moved = self.mixing.update(self.step + self.health.passed_over, losses)
+        if moved is not None:
+            self.log.write(moved)
+        return True
 
-def _by_domain(batch: Batch, loss_BT: torch.Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    scored_B = torch.from_numpy((batch.labels[:, 1:] != -100).sum(axis=1)).double()
-    loss_B = loss_BT.double().sum(dim=1)
-    index_B = torch.from_numpy(batch.domain_ids).long()
-    nats = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index_B, loss_B)
-    tokens = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index_B, scored_B)
-    by_domain = {
-        name: float(nats[index] / tokens[index]) for index, name in enumerate(names) if float(tokens[index]) > 0
-    }
-    return {"loss": float(nats.sum() / tokens.sum()), "tokens": int(tokens.sum()), "by_domain": by_domain}
+    def _save(self) -> None:
+        trainer = self.trainer
+        self.log.sync()
+        state = {
+            "step": self.step,
+            "log": self.engine.from_first(self.log.position),
+            "evaluated": self.evaluated,
+            "history": self.mixing.mixture.history,
+            "health": self.health.state(),
+        }
+        checkpoints.save(
+            self.folder,
+            step=self.step,
+            engine=self.engine,
+            model=trainer.model,
+            policy=trainer.policy,
+            optimizer=trainer.optimizer,
+            state=state,
+        )
+        if self.engine.first:
+            checkpoints.prune(self.folder, keep=self.config.keep)
 
+    def _restore(self, path: Path) -> int:
+        """Take over a checkpoint; returns how long the log was then."""
+        trainer = self.trainer
+        state = checkpoints.restore(
+            path, engine=self.engine, model=trainer.model, policy=trainer.policy, optimizer=trainer.optimizer
+        )
+        self.mixing.mixture.restore(state["history"])
+        self.health.restore(state["health"])
+        self.step, self.evaluated = int(state["step"]), bool(state["evaluated"])
+        return int(state["log"])
 
-def _not_finite(found: str, step: int) -> NumericalError:
-    return NumericalError(
-        found,
-        where=f"step {step + 1}",
-        needed="a finite number",
-        hint="no weight was changed by this step; lower lr or clip",
-    )
+    def _go_back(self, found: str) -> None:
+        """To the last checkpoint, and on from there with text that was not read yet."""
+        health, there = self.health, checkpoints.latest(self.folder, self.engine)
+        to = int(there.name[5:]) if there is not None else None
+        health.go_back(step=self.step + 1, to=to, found=found)
+        assert there is not None, "go_back refuses without a checkpoint"
+        counters = {**health.state(), "norms": []}
+        bad = self.step + 1
+        self._restore(there)
+        health.restore({**counters, "norms": health.state()["norms"]})
+        self.log.write({"event": "rollback", "step": bad, "to": self.step, "passed_over": health.passed_over})

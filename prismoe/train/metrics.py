@@ -15,13 +15,17 @@ __all__ = ["MetricsLog", "read_metrics"]
 class MetricsLog:
     """Append-only `metrics.jsonl`. `position` is its length in bytes: what a training checkpoint remembers."""
 
-    def __init__(self, path: Path, *, position: int) -> None:
+    def __init__(self, path: Path, *, position: int, muted: bool = False) -> None:
         """Open `path` and cut it to `position`: lines behind the checkpoint will be written again.
+
+        A `muted` log, that of every process but one, writes nothing.
 
         Raises:
             InputError: the log is shorter than the checkpoint says.
         """
-        self._file = path.open("ab")
+        self._file = (Path(os.devnull) if muted else path).open("ab")
+        if muted:
+            return
         found = self._file.seek(0, os.SEEK_END)
         if found < position:
             self._file.close()
@@ -33,7 +37,7 @@ class MetricsLog:
 
     @property
     def position(self) -> int:
-        return self._file.tell()
+        return self._file.tell() if self._file.seekable() else 0
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
@@ -41,7 +45,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make all lines durable, so that a checkpoint never remembers more than the disk holds."""
-        os.fsync(self._file.fileno())
+        if self._file.name != os.devnull:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

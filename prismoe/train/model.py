@@ -1,24 +1,33 @@
-"""Stock models in, stock folders out."""
+"""Stock models in, stock folders out, whole or sharded over processes."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from prismoe.checkpoint import Checkpoint
+from prismoe.convert.gather import Gatherer
+from prismoe.convert.stream import INDEX
 from prismoe.errors import InputError, NumericalError, ResourceError
-from prismoe.folder import fsync_folder, write_atomic
+from prismoe.folder import fsync_folder, write_atomic, write_json_atomic
+from prismoe.train.engine import Engine
+from prismoe.train.engine.placement import materialise, place
+from prismoe.train.origin import Origin
+from prismoe.train.weights import Place, Reader, fill, local_rows, places, stored
 
-__all__ = ["load_model", "random_model", "save_model", "stored_dtype"]
+__all__ = ["empty_model", "load_model", "place_model", "save_model"]
+
+_SHARD_BYTES = 5_000_000_000
 
 _DTYPES = {
     "F32": torch.float32,
@@ -67,40 +76,51 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def random_model(folder: Path, *, seed: int) -> Any:
-    """The stock causal-LM class described by `folder/config.json`, weights drawn by the class's own rule, in float32.
+def empty_model(config: Mapping[str, Any], *, where: str) -> Any:
+    """The stock causal-LM class that `config` describes, in float32 on the meta device: shapes, no memory.
 
     Raises:
         InputError: the architecture is not stock.
     """
+    with torch.device("meta"):
+        return _from_config(config, where)
+
+
+def _from_config(config: Mapping[str, Any], where: str) -> Any:
     try:
-        with _quiet_library(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        with _quiet_library():
+            settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"no model for this config ({_first_line(error)})", where=str(folder)) from error
+        raise InputError(f"no model for this config ({_first_line(error)})", where=where) from error
 
 
-def stored_dtype(source: Checkpoint) -> torch.dtype:
-    """The dtype weights are saved in: that of most bytes of the source, or what its config says when it has none."""
-    if source.has_weights:
-        size: dict[str, int] = {}
-        for info in source.tensors.values():
-            size[info.dtype] = size.get(info.dtype, 0) + info.nbytes
-        return _DTYPES[max(size, key=lambda name: size[name])]
-    name = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
-    if name not in _DTYPES:
-        raise InputError(f"dtype {name!r}", where=str(source.folder / "config.json"), needed="float32 or bfloat16")
-    return _DTYPES[name]
+def place_model(origin: Origin, engine: Engine, *, seed: int | None = None, bf16: bool = False) -> Any:
+    """The model of `origin` in float32, this process holding its part: read from the folder, or drawn with `seed`.
+
+    Drawn weights are drawn whole in every process, which is what makes them the same for any number of processes.
+
+    Raises:
+        InputError: a tensor is missing, left over, of the wrong shape or not finite, or the architecture is not stock.
+    """
+    where = str(origin.checkpoint.folder)
+    if seed is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _from_config(origin.config, where)
+        return place(model, engine, bf16=bf16)
+    model = place(empty_model(origin.config, where=where), engine, bf16=bf16)
+    with Gatherer.reading(origin.checkpoint) as gatherer, torch.no_grad():
+        materialise(model, engine.device)
+        shapes = {key: shape for key, (_, shape) in origin.tensors().items()}
+        fill(model, Reader(origin.checkpoint, origin.recipes, gatherer), shapes)
+    return model
 
 
-def save_model(model: Any, source: Checkpoint, out: Path) -> list[str]:
-    """Write `model` as a stock folder: the hub's tensor names, and config and side files of `source` byte for byte.
+def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list[str]:
+    """Write `model` as a stock folder: the hub's tensor names in the dtypes of `origin`, its config and side files.
 
-    The library's own writer turns fused experts back into per-expert tensors, but its config.json is readable by new
-    versions only; the source's config describes the same model, so it is carried over. The folder is read back and
-    compared with the model, tensor by tensor.
+    Rank 0 writes, one shard at a time; every tensor is read back and compared with what the model holds.
 
     Returns the names of the files.
 
@@ -108,52 +128,84 @@ def save_model(model: Any, source: Checkpoint, out: Path) -> list[str]:
         NumericalError: a weight is not finite, or what was written is not what the model holds.
         ResourceError: the disk is full or not writable.
     """
-    dtype = stored_dtype(source)
-    shutil.rmtree(out, ignore_errors=True)
-    state = _cast(model, dtype)
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
+    engine.at("writing the model")
+    tensors, found = stored(model), places(model)
+    for name, tensor in tensors.items():
+        if engine.any(not bool(torch.isfinite(local_rows(tensor)[0]).all())):
             raise NumericalError("has a value that is not finite", where=name, hint="lower lr; nothing was saved")
+    dtypes = _dtypes(origin, found)
+    inside: dict[str, dict[str, Place]] = {}
+    for key, where in found.items():
+        inside.setdefault(where.name, {})[key] = where
+    groups = _groups({name: tensors[name].numel() * dtypes[next(iter(keys))].itemsize for name, keys in inside.items()})
+    if engine.first:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+    index: dict[str, str] = {}
+    total = 0
+    for number, group in enumerate(groups, start=1):
+        shard = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        held: dict[str, torch.Tensor] = {}
+        for name in group:
+            whole = _whole(tensors[name])
+            if engine.first:
+                held |= {key: at.of(whole).to("cpu", dtypes[key]).contiguous() for key, at in inside[name].items()}
+        if engine.first:
+            _write_shard(held, out / shard)
+            index |= dict.fromkeys(held, shard)
+            total += sum(tensor.nbytes for tensor in held.values())
+    files = {**origin.files, "config.json": origin.config_bytes}
+    if engine.first:
+        for name, data in files.items():
+            write_atomic(out / name, data)
+        if len(groups) > 1:
+            write_json_atomic(out / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        fsync_folder(out)
+    return sorted([*set(index.values()), *files, *([INDEX] if len(groups) > 1 else [])])
+
+
+def _write_shard(held: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        with _quiet_library():
-            model.save_pretrained(out, state_dict=state, max_shard_size="5GB")
+        save_file(held, path, metadata={"format": "pt"})
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        raise ResourceError(f"cannot write: {error}", where=str(out)) from error
-    shards = sorted(path.name for path in out.glob("*.safetensors*"))
-    for path in out.iterdir():
-        if path.name not in shards:
-            path.unlink()
-    side_files = {path.name: path.read_bytes() for path in source.side_files}
-    side_files["config.json"] = (source.folder / "config.json").read_bytes()
-    for name, data in side_files.items():
-        write_atomic(out / name, data)
-    fsync_folder(out)
-    _check_written(state, source, out, dtype)
-    return sorted([*shards, *side_files])
+        raise ResourceError(f"cannot write: {error}", where=str(path)) from error
+    with safe_open(path, framework="pt") as file:
+        for key, tensor in held.items():
+            if not torch.equal(file.get_tensor(key), tensor):
+                raise NumericalError("read back differently from what was trained", where=f"{path}: {key}")
 
 
-def _cast(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict in `dtype`; tensors that share memory keep sharing it, so that a tied weight is written once."""
-    cast: dict[int, torch.Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in cast:
-            cast[tensor.data_ptr()] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        state[name] = cast[tensor.data_ptr()]
-    return state
+@torch.no_grad()
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach()
 
 
-def _check_written(state: dict[str, torch.Tensor], source: Checkpoint, out: Path, dtype: torch.dtype) -> None:
-    written = Checkpoint.open(out)
-    if source.has_weights:
-        shapes = {name: info.shape for name, info in source.tensors.items()}
-        found = {name: info.shape for name, info in written.tensors.items()}
-        if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
-            raise NumericalError("tensors written differ from the source's", where=f"{out}: {different[0]}")
-    reread = load_model(out, dtype=dtype).state_dict()
-    for name, tensor in state.items():
-        if not torch.equal(reread[name], tensor):
-            raise NumericalError("read back differently from what was trained", where=f"{out}: {name}")
+def _dtypes(origin: Origin, found: Mapping[str, Place]) -> dict[str, torch.dtype]:
+    """Every tensor keeps the dtype of the folder it came from, or has what the config says when there was none."""
+    if origin.recipes:
+        made = origin.tensors()
+        return {key: _DTYPES[made[key][0]] for key in found}
+    name = origin.config.get("dtype") or origin.config.get("torch_dtype") or "float32"
+    if name not in _DTYPES:
+        where = str(origin.checkpoint.folder / "config.json")
+        raise InputError(f"dtype {name!r}", where=where, needed="float32 or bfloat16")
+    return dict.fromkeys(found, _DTYPES[name])
+
+
+def _groups(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Consecutive parameters of a shard's size; a larger one has its own."""
+    groups: list[list[str]] = []
+    held = 0
+    for name, size in sizes.items():
+        if not groups or held + size > _SHARD_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """`pretrain`: go on training a checkpoint (or train one from its config alone) on weighted domains.
 
-Dense or mixture, the model is the stock class and what comes out is a stock folder.
+Dense or mixture, the model is the stock class and what comes out is a stock folder. A dense checkpoint with a plan is
+trained as the mixture that `convert` would write, without writing it first.
 """
 
 from __future__ import annotations
@@ -9,30 +10,35 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.mixture import Mixture
 from prismoe.data.reference import resolve_reference
 from prismoe.data.rules import STATIC, Mixing
 from prismoe.data.shards import Domain
-from prismoe.errors import InputError
-from prismoe.folder import Manifest, claim, hash_files, sha256_file
+from prismoe.errors import InputError, ResourceError
+from prismoe.folder import Manifest, claim, hash_files, sha256_file, write_json_atomic
+from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
+from prismoe.train.engine.layout import Layout, launched
 from prismoe.train.fit import check_fit
 from prismoe.train.metrics import read_metrics
+from prismoe.train.origin import Origin
 from prismoe.train.routers import arguments_of
-from prismoe.train.settings import PretrainConfig
+from prismoe.train.settings import MAY_CHANGE, PretrainConfig
+
+if TYPE_CHECKING:
+    from prismoe.train.engine import Engine
 
 __all__ = ["PretrainConfig", "Trained", "pretrain"]
 
-KIND, MODEL_KIND = "pretrain", "model"
-# They change when the state is saved, how fast it goes and when a run is refused, never the result.
-_NOT_IN_KEY = ("save_every", "keep", "max_epochs")
+KIND, MODEL_KIND, SETTINGS = "pretrain", "model", "settings.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Trained:
     """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after.
 
     `mixture` is requested against achieved shares, `weight_history` what the mixing `rule` made of the weights and
-    `weights` what it recommends for another run. `warnings` says what a person should look at: a balance loss that
+    `weights` what it recommends for another run. `skipped` steps changed no weight, and the run `went_back` to a
+    checkpoint that often. `warnings` says what a person should look at: a balance loss that
     is off, experts without a token of held-out text. `resumed_from` counts the steps that an earlier command had done;
     `seconds` and `tokens_per_second` speak of this command and are None when nothing was left to do.
     """
@@ -60,6 +67,8 @@ class Trained:
     router: str | None
     router_gradient_norm: tuple[float, float] | None
     idle_experts: int | None
+    skipped: int
+    went_back: int
     warnings: list[str]
     resumed_from: int
     seconds: float | None
@@ -76,6 +85,10 @@ def pretrain(
     domains: Iterable[Domain | str | Path],
     weights: Mapping[str, float] | str = "proportional",
     out: str | Path,
+    plan: Plan | None = None,
+    target: str = "mixtral",
+    pad_to: int = 32,
+    absorb: bool = False,
     force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
@@ -85,12 +98,17 @@ def pretrain(
 
     `out` also holds `metrics.jsonl` and, while training, `checkpoints/`. The same command continues a stopped run and
     gives the same bytes as one that never stopped; a finished run is recognised and left alone. With `dry_run`
-    everything is checked, nothing is written and None is returned.
+    everything is checked, nothing is written and None is returned. Under torchrun every process calls this with the
+    same arguments, `out` lies on a disk that all of them see, and the result is the same up to the order of sums.
+
+    Args:
+        plan: train the mixture that this plan makes of `source`, a dense checkpoint; `target`, `pad_to` and `absorb`
+            are those of `convert`. Each process makes its own part from the dense tensors, in memory.
 
     Raises:
-        UsageError: settings that do not fit together, the model or the domains.
+        UsageError: settings that do not fit together, the model, the domains or the number of processes.
         InputError: a checkpoint or domain that is damaged or made with another tokenizer.
-        ResourceError: `out` is in use or not ours.
+        ResourceError: `out` is in use or not ours, or another process is gone.
         NumericalError: loss, gradient or router gradient that cannot be.
         InterruptedRun: SIGINT or SIGTERM came; the state is saved.
     """
@@ -109,77 +127,140 @@ def pretrain(
     )
     mixture.check(config.steps)
     mixing, config = _mixing(config, mixture)
-    if config.init == "source" and not checkpoint.has_weights:
+    if (config.init == "source" or plan is not None) and not checkpoint.has_weights:
         raise InputError(
             "no weights", where=str(checkpoint.folder), hint="pretrain.init=random trains from the config alone"
         )
     check_fit(checkpoint, mixture.domains, seq_len=config.seq_len)
+    if plan is None:
+        origin = Origin.folder(checkpoint)
+    else:
+        origin = Origin.upcycled(checkpoint, plan, target=target, pad_to=pad_to, absorb=absorb)
+    layout = Layout(world=launched()[1], replicate=config.replicate, experts=config.expert_parallel)
+    layout.check(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, num_experts=origin.num_experts)
     if config.init == "source":
-        num_parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-        _check_room(out, config, num_parameters=num_parameters, vocab_size=checkpoint.config.get("vocab_size", 0))
+        num_parameters = sum(math.prod(shape) for _, shape in origin.tensors().values())
+        _check_room(out, config, layout, num_parameters=num_parameters, vocab_size=origin.config.get("vocab_size", 0))
+    parents = {**origin.parents, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
+    decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
-    parents = {"source": checkpoint.fingerprint, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
-    decisive = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_KEY}
-    key = _hash([decisive, settings["weights"], parents])
+    job = {"pretrain": decisive, "weights": settings["weights"], "parents": parents}
     if dry_run:
         return None
-    with claim(out, kind=KIND, key=key, force=force):
+    from prismoe.train.engine import Engine
+
+    with (
+        Engine.start(layout, device=config.device, timeout=config.timeout) as engine,
+        _claimed(out, job, engine, force=force),
+    ):
         done = Manifest.read(out)
         if done is not None:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
             return _receipt(out, done.config["result"], resumed_from=config.steps, seconds=None, steps_run=0)
-        result, finished = _train(checkpoint, config, mixing, out, settings, on_progress)
-        files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
-        Manifest(kind=KIND, parents=parents, config={**settings, "result": result}, files=files, key=key).write(out)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        result, finished = _train(origin, config, mixing, engine, out, settings, on_progress)
+        engine.barrier("the model is written")
+        if engine.first:
+            files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
+            record = Manifest(
+                kind=KIND, parents=parents, config={**settings, "result": result}, files=files, key=_hash(job)
+            )
+            record.write(out)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
         resumed_from, seconds, steps_run = finished
         return _receipt(out, result, resumed_from=resumed_from, seconds=seconds, steps_run=steps_run)
 
 
+@contextmanager
+def _claimed(out: Path, job: dict[str, Any], engine: Engine, *, force: bool) -> Iterator[None]:
+    """Rank 0 holds the folder for all; the others wait until it does."""
+    if not engine.first:
+        engine.barrier("rank 0 has the folder")
+        yield
+        return
+    if not force and (changed := _differences(out / SETTINGS, job)):
+        raise ResourceError(
+            f"output folder holds a different job ({'; '.join(changed)})",
+            where=str(out),
+            hint=f"--force begins anew, --out elsewhere; only these may change: {', '.join(MAY_CHANGE)}",
+        )
+    with claim(out, kind=KIND, key=_hash(job), force=force):
+        if not (out / SETTINGS).exists():
+            write_json_atomic(out / SETTINGS, job)
+        if Manifest.read(out) is not None:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        engine.barrier("rank 0 has the folder")
+        yield
+
+
+def _differences(path: Path, job: Mapping[str, Any]) -> list[str]:
+    """What a run that was begun in the folder had otherwise."""
+    try:
+        before = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return []
+    found = []
+    for section, now in json.loads(json.dumps(job)).items():
+        old = before.get(section, {})
+        found += [
+            f"{section}.{key} was {json.dumps(old.get(key))[:60]}, is {json.dumps(now.get(key))[:60]}"
+            for key in sorted({*now, *old})
+            if now.get(key) != old.get(key)
+        ]
+    return found
+
+
 def _train(
-    checkpoint: Checkpoint,
+    origin: Origin,
     config: PretrainConfig,
     mixing: Mixing,
+    engine: Engine,
     out: Path,
     settings: dict[str, Any],
     on_progress: Progress,
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
     from prismoe.train.device import matmul_kernel, num_threads
-    from prismoe.train.loop import stop_on_signal, train
-    from prismoe.train.model import load_model, random_model, save_model
+    from prismoe.train.loop import train
+    from prismoe.train.model import place_model, save_model
+    from prismoe.train.stopping import stop_on_signal
 
     # A signal that comes while the finished model is written is noted, and the writing goes on to its end.
     with num_threads(config.threads), matmul_kernel(fast=config.fast_matmul), stop_on_signal() as stop:
+        engine.at("reading the weights")
+        model = place_model(
+            origin,
+            engine,
+            seed=config.seed if config.init == "random" else None,
+            bf16=config.precision == "bf16",
+        )
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":
-            model = random_model(checkpoint.folder, seed=config.seed)
-            _check_room(out, config, num_parameters=model.num_parameters(), vocab_size=model.config.vocab_size)
-        else:
-            model = load_model(checkpoint.folder)
-        finished = train(model, config, mixing=mixing, out=out, stop=stop, on_progress=on_progress)
-        files = save_model(model, checkpoint, out / "model")
-    model_files = hash_files(out / "model", files)
-    Manifest(kind=MODEL_KIND, parents={"source": checkpoint.fingerprint}, config=settings, files=model_files).write(
-        out / "model"
-    )
+            _check_room(out, config, engine.layout, num_parameters=num_parameters, vocab_size=model.config.vocab_size)
+        finished = train(model, config, mixing=mixing, engine=engine, out=out, stop=stop, on_progress=on_progress)
+        files = save_model(model, origin, out / "model", engine=engine)
+    if engine.first:
+        model_files = hash_files(out / "model", files)
+        Manifest(kind=MODEL_KIND, parents=dict(origin.parents), config=settings, files=model_files).write(out / "model")
+    engine.barrier("the log is complete")
     lines = read_metrics(out / "metrics.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
     evals = [line for line in lines if line["event"] == "eval"]
     norms = [line["router_gradient_norm"] for line in steps if "router_gradient_norm" in line]
     result = {
-        "steps": len(steps),
+        "steps": finished.steps,
         "tokens": sum(line["tokens"] for line in steps),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": num_parameters,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "heldout_before": {name: score["loss"] for name, score in evals[0]["heldout"].items()},
         "heldout_after": {name: score["loss"] for name, score in evals[-1]["heldout"].items()},
-        "mixture": [asdict(share) for share in mixing.mixture.report(config.steps)],
+        "mixture": [asdict(share) for share in mixing.mixture.report(finished.batches)],
         "rule": mixing.rule,
         "weight_history": mixing.mixture.history,
         "weights": mixing.result(),
         "router": config.router if finished.num_routers else None,
         "router_gradient_norm": [min(norms), max(norms)] if norms else None,
         "idle_experts": evals[-1].get("idle"),
+        "skipped": finished.skipped,
+        "went_back": finished.went_back,
         "warnings": [*mixing.warnings, *_warnings(config, finished.num_routers, evals[-1])],
     }
     return result, (finished.resumed_from, finished.seconds, finished.steps_run)
@@ -221,14 +302,18 @@ def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainC
     return mixing, replace(config, mixing_arguments=mixing.arguments, reference=mixing.reference or None)
 
 
-def _check_room(out: Path, config: PretrainConfig, *, num_parameters: int, vocab_size: int) -> None:
-    """Weights, gradients and two moments in float32, and three copies of the logits; activations come on top."""
-    tokens = (config.micro_batch_size or config.batch_size) * config.seq_len
+def _check_room(out: Path, config: PretrainConfig, layout: Layout, *, num_parameters: int, vocab_size: int) -> None:
+    """Weights, gradients and two moments in float32, and three copies of the logits; activations come on top.
+
+    Memory is that of one machine, on which all of the processes may be: known only for as many as there are here.
+    """
+    here = launched()[3]
+    tokens = (config.micro_batch_size or config.batch_size // layout.world) * config.seq_len
     checkpoints = config.keep + 1 if config.save_every else 1
     require_room(
         out,
         disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
-        memory_bytes=16 * num_parameters + 12 * tokens * vocab_size,
+        memory_bytes=here * (16 * num_parameters // layout.shard + 12 * tokens * vocab_size),
         hint="free some space, or a smaller keep",
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prismoe.errors import NumericalError, UsageError
-from prismoe.train.routers import Router
+from prismoe.train.routers import AllReduce, Router, identity
 
 __all__ = ["GradientGuard", "LoadMeter", "watch"]
 
@@ -53,22 +53,24 @@ def _num_experts(model: Any) -> int:
 
 
 class LoadMeter:
-    """Sums of routing statistics over the micro-batches of one step."""
+    """Sums of routing statistics over the micro-batches of one step; `total` adds a tensor up over all processes."""
 
-    def __init__(self, routers: Sequence[Router]) -> None:
-        self._routers = routers
-        self._load = [torch.zeros(router.num_experts, dtype=torch.int64) for router in routers]
-        self._entropy = [0.0] * len(routers)
+    def __init__(self, routers: Sequence[Router], *, total: AllReduce = identity) -> None:
+        self._routers, self._total = routers, total
+        self._load: list[torch.Tensor | None] = [None] * len(routers)
+        self._entropy: list[torch.Tensor | None] = [None] * len(routers)
         self._tokens = 0
 
     @torch.no_grad()
     def add(self) -> None:
         """Count the latest forward pass."""
         for index, router in enumerate(self._routers):
-            chosen = router.chosen_TK.reshape(-1)
-            self._load[index] += torch.bincount(chosen, minlength=router.num_experts).cpu()
+            load_E = torch.bincount(router.chosen_TK.reshape(-1), minlength=router.num_experts)
             log_TE = torch.log_softmax(router.logits_TE.detach().float(), dim=-1)
-            self._entropy[index] += float(-(log_TE.exp() * log_TE).sum())
+            entropy = -(log_TE.exp() * log_TE).sum(dtype=torch.float64)
+            before, entropy_before = self._load[index], self._entropy[index]
+            self._load[index] = load_E if before is None else before + load_E
+            self._entropy[index] = entropy if entropy_before is None else entropy_before + entropy
         if self._routers:
             self._tokens += self._routers[0].logits_TE.shape[0]
 
@@ -81,17 +83,29 @@ class LoadMeter:
     def result(self) -> dict[str, Any]:
         """`load`: share of assignments per layer and expert; `entropy`: mean over tokens, per layer, as a share of ln E
         (1 = undecided); `max_over_mean`: the busiest expert's load over the mean, per layer (1 = balanced);
-        `idle`: experts without a single token, over all layers."""
+        `idle`: experts without a single token, over all layers. Of all processes; each of them has to ask."""
         if not self._routers:
             return {}
-        shares = [load.double() / int(load.sum()) for load in self._load]
-        limits = [self._tokens * math.log(max(router.num_experts, 2)) for router in self._routers]
+        loads, entropies, tokens = self._summed()
+        shares = [load.double() / int(load.sum()) for load in loads]
+        limits = [tokens * math.log(max(router.num_experts, 2)) for router in self._routers]
         return {
             "load": [[round(float(share), 5) for share in layer] for layer in shares],
-            "entropy": [round(total / limit, 5) for total, limit in zip(self._entropy, limits, strict=True)],
+            "entropy": [round(total / limit, 5) for total, limit in zip(entropies, limits, strict=True)],
             "max_over_mean": [round(float(layer.max() * len(layer)), 4) for layer in shares],
-            "idle": sum(int((load == 0).sum()) for load in self._load),
+            "idle": sum(int((load == 0).sum()) for load in loads),
         }
+
+    def _summed(self) -> tuple[list[torch.Tensor], list[float], int]:
+        """Load and entropy of each layer and the tokens, over all processes: one collective, exact counts."""
+        loads = [
+            torch.zeros(router.num_experts, dtype=torch.int64) if load is None else load.cpu()
+            for router, load in zip(self._routers, self._load, strict=True)
+        ]
+        entropies = [0.0 if entropy is None else float(entropy) for entropy in self._entropy]
+        numbers = [torch.tensor([self._tokens, *entropies], dtype=torch.float64), *(load.double() for load in loads)]
+        head, *loads = self._total(torch.cat(numbers)).split([len(part) for part in numbers])
+        return loads, head[1:].tolist(), int(head[0])
 
 
 class GradientGuard:
@@ -121,7 +135,7 @@ class GradientGuard:
             NumericalError: a router had no gradient for too many steps in a row.
         """
         for index, (router, norm) in enumerate(zip(self._routers, norms, strict=True)):
-            self._silent[index] = 0 if norm > 1e-7 * whole else self._silent[index] + 1
+            self._silent[index] = 0 if norm > 1e-7 * whole or not router.learns else self._silent[index] + 1
             if self._silent[index] >= self._patience:
                 raise NumericalError(
                     f"the router's gradient is zero ({norm:.0e} of {whole:.0e}) for {self._patience} steps",

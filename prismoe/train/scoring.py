@@ -15,9 +15,22 @@ import torch.nn.functional as F
 from prismoe.data.shards import Domain, Windows
 from prismoe.errors import NumericalError
 
-__all__ = ["TextLoss", "score_text", "token_losses"]
+__all__ = ["ALONE", "Share", "TextLoss", "score_text", "token_losses"]
 
 Window = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among `world` that score the same text; `total` adds a tensor up over all of them."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device | str = "cpu"
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+
+
+ALONE = Share()
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +74,13 @@ def score_text(
     batch_size: int,
     where: str,
     after_batch: Callable[[int], None] = lambda done: None,
+    share: Share = ALONE,
 ) -> TextLoss:
     """Score `windows` of the held-out split of `domain`, windows of one length `batch_size` at a time.
 
-    `after_batch` is called with the number of windows done; it may raise to stop.
+    `after_batch` is called with the number of windows done, 0 after a batch that does not count; it may raise to stop.
+    Several processes take turns with the batches. A sharded model needs all of them in every forward pass, so those
+    whose turn does not come at the very end compute the last batch along and do not count it.
 
     Raises:
         NumericalError: a loss is not finite; `where` names model and text.
@@ -75,23 +91,36 @@ def score_text(
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(windows, batch_size):
-            ids_BT, labels_BT = (torch.from_numpy(np.stack(column)) for column in zip(*batch, strict=True))
-            with torch.inference_mode():
+        for turn in _turns(_batches(windows, batch_size), share.world):
+            number = min(share.rank, len(turn) - 1)
+            batch, counts = turn[number], share.rank < len(turn)
+            ids_BT, labels_BT = (
+                torch.from_numpy(np.stack(column)).to(share.device) for column in zip(*batch, strict=True)
+            )
+            with torch.no_grad():
                 logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
                 loss_B = token_losses(logits_BTV, labels_BT).double().sum(dim=1)
-            if not torch.isfinite(loss_B).all():
-                raise NumericalError(
-                    "held-out loss is not finite", where=where, hint="a weight is not, or training has diverged"
-                )
-            rows = documents[done : done + len(batch)]
-            np.add.at(nats, rows, loss_B.numpy())
-            np.add.at(tokens, rows, (labels_BT[:, 1:] != -100).sum(dim=1).numpy())
-            done += len(batch)
-            after_batch(done)
+            if counts:
+                first = done + sum(len(other) for other in turn[:number])
+                rows = documents[first : first + len(batch)]
+                np.add.at(nats, rows, loss_B.cpu().numpy())
+                np.add.at(tokens, rows, (labels_BT[:, 1:] != -100).sum(dim=1).cpu().numpy())
+            done += sum(len(other) for other in turn)
+            after_batch(done if counts else 0)
     finally:
         model.train(was_training)
+    nats, tokens = (share.total(torch.from_numpy(found)).numpy() for found in (nats, tokens))
+    if not np.isfinite(nats).all():
+        raise NumericalError(
+            "held-out loss is not finite", where=where, hint="a weight is not, or training has diverged"
+        )
     return TextLoss(nats, tokens)
+
+
+def _turns(batches: Iterable[list[Window]], world: int) -> Iterator[list[list[Window]]]:
+    several = iter(batches)
+    while turn := list(islice(several, world)):
+        yield turn
 
 
 def _batches(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:

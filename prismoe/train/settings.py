@@ -9,7 +9,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from prismoe.errors import UsageError
 
-__all__ = ["PretrainConfig"]
+__all__ = ["MAY_CHANGE", "PretrainConfig"]
+
+MAY_CHANGE = (
+    *("save_every", "keep", "max_epochs", "threads", "timeout"),
+    *("device", "replicate", "expert_parallel", "micro_batch_size"),
+)
+"""Settings that may be others when a run goes on: when its state is saved, where and in what parts it is computed."""
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -27,13 +33,20 @@ class PretrainConfig:
     bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (on some AMD CPUs
     twice as fast for large products, slower for small experts; lower precision on others): it is tried once against
     float64 and refused when off by > 1e-5.
-    `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own.
+    `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own; of several
+    policies, which work in their order, `arguments` has a mapping for each that needs one.
     `mixing` is the rule that moves the domain weights (`prismoe.data.rules`) and `mixing_arguments` are its own; a
     dynamic one looks at the held-out losses every `mixing_every_tokens` and compares them with `reference`, a file
     of `reference_loss` or a loss for each domain. `attend` "document" keeps attention within documents.
     `eval_every` and `save_every` count steps (0: only at the ends); `eval_tokens` bounds the held-out tokens read
     per domain; `keep` is how many training checkpoints stay. A run that would
     read a domain more than `max_epochs` times is refused. `threads` 0 leaves the number to torch.
+    A step whose loss or gradient is not finite, or whose gradient norm is over `spike` times the usual one (0: any is
+    fine), is left out; after `skip_limit` of them in a row the run goes back to its last checkpoint and on with other
+    text, `rollbacks` times at most.
+    Under torchrun the training state is sharded over all processes, in `replicate` copies; `expert_parallel` processes
+    share out whole experts. `batch_size` is that of all processes together, `micro_batch_size` that of one. A process
+    that stays in one phase for `timeout` seconds ends the run.
     """
 
     steps: Positive = 1000
@@ -49,7 +62,7 @@ class PretrainConfig:
     clip: Annotated[float, Field(gt=0)] = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     fast_matmul: bool = False
-    router: str = "switch"
+    router: str | tuple[str, ...] = "switch"
     arguments: dict[str, Any] = field(default_factory=dict)
     mixing: str = "static"
     mixing_arguments: dict[str, str | float] | None = None
@@ -63,6 +76,13 @@ class PretrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_epochs: Annotated[float, Field(gt=0)] = 4.0
     threads: Count = 0
+    spike: Annotated[float, Field(ge=0)] = 50.0
+    skip_limit: Positive = 3
+    rollbacks: Count = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    replicate: Positive = 1
+    expert_parallel: Positive = 1
+    timeout: Annotated[float, Field(gt=0)] = 600.0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
