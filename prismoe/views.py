@@ -313,6 +313,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "calibrate": _calibrate_line,
     "pretrain": _pretrain_line,
     "eval": _eval_line,
+    "reference-loss": lambda receipt: f"{receipt['out']}: {len(receipt['losses'])} domains",
     "report": lambda receipt: f"{receipt['report']} ({bytes_text(receipt['bytes'])})",
 }
 _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
