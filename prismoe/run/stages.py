@@ -140,6 +140,7 @@ def _plan(work: Work) -> dict[str, Any]:
     from prismoe.account import account
     from prismoe.plan import plan_shape
     from prismoe.plan.branches import alike_branches, branch_facts
+    from prismoe.plan.strength import strength_warnings
     from prismoe.portability import portability
     from prismoe.target import absorbed
 
@@ -155,7 +156,8 @@ def _plan(work: Work) -> dict[str, Any]:
         plan.save(work.out / PLAN)
     origin = asdict(plan.origin)
     named = {**origin, **branch_facts(plan), "source_name": str(work.config.source), "shape": asdict(shape)}
-    return {**named, "account": counted, "portability": engines, "warnings": alike_branches(plan)}
+    warnings = [*alike_branches(plan), *strength_warnings(plan)]
+    return {**named, "account": counted, "portability": engines, "warnings": warnings}
 
 
 def _convert(work: Work) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def verify(job: Job) -> dict[str, Any]:
             on_progress=on_progress,
         ).to_dict()
     views.view(job.screen, "verify", certificate)
+    for warning in certificate["warnings"]:
+        job.screen.warning(warning)
     return certificate
 
 

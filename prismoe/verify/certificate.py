@@ -10,6 +10,7 @@ from typing import Any
 
 from prismoe.errors import InputError, NumericalError
 from prismoe.folder import write_json_atomic
+from prismoe.plan.strength import far_off
 
 __all__ = ["CERTIFICATE", "Certificate", "Check", "LayerNumbers"]
 
@@ -85,10 +86,23 @@ class Certificate:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a faithful conversion can still suffer from: a scale that makes its outputs far too small or large."""
+        ratios = [row.norm_ratio for row in self.layers if row.kind != "dense" and 0 < row.norm_ratio < math.inf]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 1.0
+        if not far_off(mean):
+            return ()
+        return (
+            f"FFN outputs are {mean:.2g} times the dense model's, geometric mean of {len(ratios)} layers: "
+            "plan.scale=measured keeps their size on calibration text, plan.scale=norm without it",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a number that is not finite becomes its name, because JSON has none."""
         found = asdict(self)
         found["passed"] = self.passed
+        found["warnings"] = list(self.warnings)
         for row, check in zip(found["checks"], self.checks, strict=True):
             row["passed"] = check.passed
         named: dict[str, Any] = _without_nan(found)
@@ -105,6 +119,7 @@ class Certificate:
         try:
             raw = json.loads(path.read_bytes())
             raw.pop("passed")
+            raw.pop("warnings", None)
             checks = [{key: value for key, value in row.items() if key != "passed"} for row in raw.pop("checks")]
             layers = raw.pop("layers")
             return cls(
