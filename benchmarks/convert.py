@@ -3,6 +3,7 @@ anonymous memory, bytes from the kernel.
 
     python benchmarks/convert.py --work DIR           # P4 and P5: 2.2 GB checkpoint, 8 and 16 experts, ×4 and ×8 copies
     python benchmarks/convert.py --work DIR --peer-llama-moe CHECKOUT --peer-mergekit VENV/bin/mergekit-moe
+    python benchmarks/convert.py --work DIR --only branch --peer-mergekit …    # three fine-tunes become the experts
     python benchmarks/convert.py --work DIR --cores   # the same work on one core and on all
     python benchmarks/convert.py --work DIR --wide    # 70B-shaped: planning on shapes, two layers of bytes
 
@@ -37,7 +38,10 @@ if sys.argv[5:]:
 from prismoe.convert import convert
 from prismoe.plan import make_plan
 source, out, method, experts = sys.argv[1:5]
-plan = make_plan(source, method=method, num_experts=int(experts))
+method, _, rest = method.partition(" ")
+branches = [f"{source}{number}" for number in range(int(experts))]
+arguments = {"branches": branches, "rest": rest} if method == "branch" else {"num_experts": int(experts)}
+plan = make_plan(source, method=method, **arguments)
 receipt = convert(source, plan, out=out)
 io = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
 print(json.dumps({"total": receipt.total_bytes, "seconds": receipt.seconds, **{k: int(v) for k, v in io.items()}}))
@@ -135,7 +139,8 @@ def compare(
             except Missing as error:
                 missing = str(error)
             clear(out)
-    size_in = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    folders = [source, *(f"{source}{number}" for number in range(experts) if method.startswith("branch"))]
+    size_in = sum(path.stat().st_size for folder in folders for path in Path(folder).glob("*.safetensors"))
     median = statistics.median(cost.wall for cost in ours)
     found: dict[str, object] = {
         "case": f"{method} {experts}",
@@ -197,7 +202,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22, help="22 is 2.2 GB")
     parser.add_argument("--wide", action="store_true", help="70B widths: plan on shapes, convert two layers")
-    parser.add_argument("--only", choices=("partition", "upcycle"))
+    parser.add_argument("--only", choices=("partition", "upcycle", "branch"))
     parser.add_argument("--cores", action="store_true", help="one core against all")
     parser.add_argument("--peer-llama-moe", type=Path, metavar="CHECKOUT")
     parser.add_argument("--peer-mergekit", type=Path, metavar="COMMAND")
@@ -218,12 +223,30 @@ def main() -> None:
             show(scaling(work, source, rounds=given.rounds))
             return
         split, copies = partial(llama_moe, given.peer_llama_moe), partial(mergekit, given.peer_mergekit)
+        if given.only == "branch":
+            branched(work, source, Shape(**{**vars(SHAPES["1b"]), "layers": given.layers}), copies, rounds)
+            return
         for experts in (8, 16) if given.only != "upcycle" else ():
             show(compare(work, source, "random", experts, copied="input", peer=split, **rounds))
         for experts in (4, 8) if given.only != "partition" else ():
             show(compare(work, source, "upcycle", experts, copied="output", peer=copies, **rounds))
     finally:
         clear(source)
+
+
+def branched(work: Path, source: Path, shape: Shape, peer: Any, rounds: dict[str, int]) -> None:
+    """Three fine-tunes: all but the experts from the base, as the peer has it, and averaged, which the peer cannot."""
+    branches = [Path(f"{source}{number}") for number in range(3)]
+    try:
+        for branch in branches:
+            clear(branch)
+            synthetic(branch, shape)
+        peer = partial(peer, branches=branches)
+        show(compare(work, source, "branch base", 3, copied="output", peer=peer, **rounds))
+        show(compare(work, source, "branch mean", 3, copied="output", rounds=rounds["rounds"]))
+    finally:
+        for branch in branches:
+            clear(branch)
 
 
 def wide(work: Path, source: Path, *, rounds: int) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,15 +82,29 @@ def sync(folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def mergekit(command: Path | None, source: Path, out: Path, *, experts: int, work: Path) -> Cost:
-    """mergekit-moe with `experts` times the same model and drawn router rows, as its defaults have it.
+def mergekit(
+    command: Path | None, source: Path, out: Path, *, experts: int, work: Path, branches: Sequence[Path] = ()
+) -> Cost:
+    """mergekit-moe with drawn router rows, as its defaults have it: `experts` times the same model, or `branches`.
 
     Raises:
         Missing: no such command, or it failed.
     """
     if command is None:
         raise Missing("peer missing")
-    twin = work / "mergekit-source"  # it wants a tokenizer, whatever it says
+    base = _with_tokenizer(source, work)
+    models = [_with_tokenizer(branch, work) for branch in branches] or [base] * experts
+    config = work / "mergekit.yml"
+    lines = [f"base_model: {base}", "gate_mode: random", "dtype: bfloat16", "experts:"]
+    config.write_text("\n".join([*lines, *(f"  - source_model: {model}" for model in models)]) + "\n")
+    asked = "--i-understand-this-is-not-useful-without-training"
+    cost = watch([str(command), str(config), str(out), asked], environment={"HF_HUB_OFFLINE": "1"}, first_victim=True)
+    return Cost(cost.wall + sync(out), cost.cpu, cost.anonymous, cost.output)
+
+
+def _with_tokenizer(source: Path, work: Path) -> Path:
+    """A folder of links to `source` with the tokenizer that mergekit-moe wants, whatever it says."""
+    twin = work / f"mergekit-{source.name}"
     twin.mkdir(exist_ok=True)
     for path in source.iterdir():
         if not (twin / path.name).exists():
@@ -108,12 +123,7 @@ def mergekit(command: Path | None, source: Path, out: Path, *, experts: int, wor
         "unk_token": "<unk>",
     }
     (twin / "tokenizer_config.json").write_text(json.dumps(names))
-    config = work / "mergekit.yml"
-    lines = [f"base_model: {twin}", "gate_mode: random", "dtype: bfloat16", "experts:"]
-    config.write_text("\n".join([*lines, *[f"  - source_model: {twin}"] * experts]) + "\n")
-    asked = "--i-understand-this-is-not-useful-without-training"
-    cost = watch([str(command), str(config), str(out), asked], environment={"HF_HUB_OFFLINE": "1"}, first_victim=True)
-    return Cost(cost.wall + sync(out), cost.cpu, cost.anonymous, cost.output)
+    return twin
 
 
 LABELS = """
