@@ -317,3 +317,37 @@ def test_the_account_counts_whole_ffns_and_what_is_read(tmp_path: Path) -> None:
     assert counts.active_parameters == counts.total_parameters - 2 * ffn
     alone = account(Checkpoint.open(base).family, replace(shape, num_branches=0))
     assert counts.convert_seconds - alone.convert_seconds == pytest.approx(3 * 2 * ffn * 2 / 1e9)
+
+
+def test_real_fine_tunes_of_a_real_model(shared: Path, tmp_path: Path) -> None:
+    """stories260K, trained two steps each on two texts by the stock class: certified, and it likes each text better."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = Path(shutil.copytree(shared / "models/stories260K", tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = ("def main(self):\n    return self.value\n" * 8, "It was towards evening that we came upon the inn. " * 8)
+    ids = [torch.tensor([tokenizer(text).input_ids[:120]]) for text in texts]
+
+    def losses(folder: Path) -> list[float]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            return [float(model(input_ids=row, labels=row).loss) for row in ids]
+
+    branches = []
+    for number, row in enumerate(ids):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(input_ids=row, labels=row).loss.backward()
+            optimizer.step()
+        folder = Path(shutil.copytree(base, tmp_path / f"b{number}"))
+        model.save_pretrained(folder)
+        branches.append(str(folder))
+    plan = make_plan(base, method="branch", branches=branches)
+    convert(base, plan, out=tmp_path / "moe")
+    certificate = verify(tmp_path / "moe", source=base)
+    assert certificate.passed
+    before, after = losses(base), losses(tmp_path / "moe")
+    assert all(new < old for new, old in zip(after, before, strict=True))
