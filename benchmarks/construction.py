@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import construction_table
+from construction_table import ROUTERS, SCALES
 
 from prismoe import (
     Checkpoint,
@@ -59,8 +60,6 @@ from prismoe.verify import verify
 
 OWN = "tinystories"  # what both models were trained on
 DOMAINS = (OWN, "arxiv", "books", "c4", "commoncrawl", "github", "stackexchange", "wikipedia")
-ROUTERS = ("random", "zero", "centroid", "prompts", "regressed", "from", "auto")
-SCALES = ("none", "unit", "paper", "mean", "norm", "measured")
 # Held-out text: the first 127 tokens of each document, so that all windows are of one length and many documents count.
 SEQ_LEN, HELD_DOCUMENTS, OWN_DOCUMENTS = 128, 8, 32
 TRAIN_CHARACTERS, CALIBRATION_TOKENS = 2000, 8192
@@ -221,9 +220,10 @@ class Part:
                 self.found["refused"][cell] = str(error).replace(str(self.place), "")
                 continue
             folders[cell] = out
-            if cell in (f"{name}|random|paper", "prune|activation") or name == "upcycle":
-                self.found["verified"] += verify(out, source=self.source, tokens=32).passed
-                counted = account(self.source.family, plan_shape(plan), target=target)
+        for cell in ("prune|activation", f"{name}|random|paper", *COPIES):
+            if cell in cells and (kept := self.found["same"].get(cell, cell)) in folders:
+                self.found["verified"] += verify(folders[kept], source=self.source, tokens=32).passed
+                counted = account(self.source.family, plan_shape(self.plan(**cells[cell])), target=target)
                 self.found["active"][cell.split("|")[0]] = round(counted.ffn_active_percent, 1)
         scores = evaluate(folders, self.domains, seq_len=SEQ_LEN, batch_size=OWN_DOCUMENTS, threads=1)
         by_model: dict[str, list[Any]] = {}

@@ -19,24 +19,33 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN, SEVEN = slice(0, 1), slice(1, None)
 WHERE = {"TinyStories": OWN, "seven": SEVEN}
 SCALES = ("none", "unit", "paper", "mean", "norm", "measured")
+ROUTERS = ("zero", "random", "prompts", "centroid", "regressed", "from", "auto")
+METHODS = (
+    "random",
+    "clustering",
+    "coactivation",
+    "router_first",
+    "gradient independent",
+    "gradient inter",
+    "gradient inner",
+)
+LAST = ("router_first", "upcycle")  # what is measured last of all
 NAMES = {"from": "from a file", "auto": "its own"}
 
 
 class Cells:
-    """Losses of one model at one share of active neurons over the seeds. `names` are the mixtures of every seed."""
+    """Losses of one model at one share of active neurons over the seeds; `names` are the mixtures."""
 
     def __init__(self, parts: list[dict[str, Any]]) -> None:
         self.parts = parts
         self.model, self.percent, self.active = parts[0]["model"], parts[0]["percent"], parts[0]["active"]
-        known = [part["losses"].keys() | part["same"].keys() for part in parts]
-        self.names = [name for name in self.order(parts) if all(name in found for found in known)]
+        found = dict.fromkeys(name for part in parts for name in (*part["losses"], *part["same"]))
+        self.names = sorted((name for name in found if name.count("|") == 2 and self.everywhere(name)), key=place)
         self.controls = [name for name in parts[0]["losses"] if name.startswith("prune")]
 
-    @staticmethod
-    def order(parts: list[dict[str, Any]]) -> list[str]:
-        """Names of mixtures in the order in which they were measured, those that equal another one included."""
-        found = dict.fromkeys(name for part in parts for name in (*part["losses"], *part["same"]))
-        return [name for name in found if name.count("|") == 2]
+    def everywhere(self, name: str) -> bool:
+        """Whether no seed refused it."""
+        return all(name in part["losses"] or name in part["same"] for part in self.parts)
 
     def values(self, name: str, domains: slice) -> list[float]:
         """Perplexity for each seed: exp of the mean loss over `domains`."""
@@ -54,6 +63,12 @@ class Cells:
 
     def errors(self, kind: str) -> list[list[float]]:
         return [pair for part in self.parts for name, pair in part["errors"][kind].items() if name.count("|") == 2]
+
+
+def place(name: str) -> tuple[int, int, int]:
+    """Where "random|from|paper" stands in a table."""
+    method, router, scale = name.split("|")
+    return METHODS.index(method), ROUTERS.index(router), SCALES.index(scale)
 
 
 def number(values: list[float]) -> str:
@@ -116,7 +131,7 @@ def summary(found: list[Cells]) -> str:
 
 
 def choices(found: list[Cells], part: int) -> str:
-    """What a choice (0 method, 1 router, 2 scale) is worth: geometric mean of perplexity over the rest, and the best."""
+    """What a choice (0 method, 1 router, 2 scale) is worth: geometric mean of perplexity over the rest, and best."""
     kinds = unique(name.split("|")[part] for cells in found for name in cells.names)
     if part == 1:  # their cells are not those of the others
         kinds = [kind for kind in kinds if kind not in NAMES]
@@ -153,6 +168,7 @@ def picture(found: list[Cells], path: Path) -> None:
         cell = {name: math.log10(cells.mean(name, domains) / limit) for name in cells.names}
         grid = [[cell.get("|".join((*row, scale)), math.nan) for scale in SCALES] for row in rows]
         shown = axis.imshow(grid, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+        axis.set_facecolor("0.6")  # not measured
         axis.set_title(f"{cells.model}\n{cells.percent} %, {text}", fontsize=9)
         axis.set_xticks(range(len(SCALES)), SCALES, rotation=90, fontsize=8)
         axis.set_yticks(range(len(rows)), [f"{row[0]}, {NAMES.get(row[1], row[1])}" for row in rows], fontsize=7)
@@ -192,8 +208,8 @@ the loss of every model, seed and domain.
 - Each cell: perplexity on TinyStories, which both models were trained on · on the seven other domains (exp of the mean
   of their losses a token). Mean ± standard deviation over seeds; lower is better. A seed draws all: split, router rows,
   calibration text. Seeds: {seeds}.
-- The held-out text is the same for all: the first {parts[0]["tokens"][0] // 32} tokens of 32 TinyStories and of 8
-  documents of each other domain, {parts[0]["tokens"][0]} and {sum(parts[0]["tokens"][1:])} scored tokens.
+- The held-out text is the same for all: the first {parts[0]["tokens"][0] // 32} tokens of 32 TinyStories and of 8 documents of each
+  other domain, {parts[0]["tokens"][0]} and {sum(parts[0]["tokens"][1:])} scored tokens.
 - What so little text leaves open: the standard error of a loss over documents is {middle(plain, 0)} on TinyStories and
   {middle(plain, 1)} nats on the seven; of a loss minus that of the control `prune by activation` on the same text
   {middle(paired, 0)} and {middle(paired, 1)} (medians, in brackets the largest). Two cells that differ by less than a
@@ -208,7 +224,8 @@ the loss of every model, seed and domain.
 - `prune` is the static control: one smaller dense FFN, no router. In brackets: what is active of the FFN.
 - Not here: `branch`, which needs several fine-tuned checkpoints of one base, and there are none of these two models;
   copies (`upcycle`) run a whole FFN a token, so they stand apart, at the end, and no router or scale changes a plain
-  one; `gradient inter` with `share`, `clustering` by gate_proj or cosine, and other accumulations of importance than `l1`.
+  one; `gradient inter` with `share`, `clustering` by gate_proj or cosine, and accumulations of importance other than
+  `l1`.
 - {measured} models measured, {same} cells equal to one of them; {sum(part["verified"] for part in parts)} conversions
   (under each seed: every method with drawn rows and scale E/K, a control, all copies) went through `verify` and passed.
 - {platform.machine()}, {os.cpu_count()} cores, one thread, {sum(part["cpu"] for part in parts):.0f} CPU-seconds; Python
@@ -219,7 +236,7 @@ the loss of every model, seed and domain.
 """
     bodies = [
         summary(found),
-        reading,
+        *([reading] if reading else []),
         "## What each choice is worth\n\nGeometric mean of perplexity over all cells with that choice; in brackets the "
         "best of them. Rows from a file and router_first's own are left out: they are not crossed with everything.",
         *(choices(found, part) for part in range(3)),
@@ -241,6 +258,7 @@ def write(work: Path, docs: Path) -> None:
     from prismoe.folder import write_atomic
 
     parts = [json.loads(path.read_bytes()) for path in sorted(work.glob("*-*-[0-9]*.json"))]
+    parts = [part for part in parts if part["done"] and part["done"][-1] in LAST]  # finished ones
     reading = docs / "construction-reading.md"
     note = reading.read_text().strip() if reading.is_file() else ""
     write_atomic(docs / "construction.md", document(parts, note).encode())
