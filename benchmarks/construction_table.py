@@ -197,6 +197,7 @@ def document(parts: list[dict[str, Any]], reading: str) -> str:
     same = sum(len(part["same"]) for part in parts)
     plain = [pair for cells in found for pair in cells.errors("standard_error")]
     paired = [pair for cells in found for pair in cells.errors("change_standard_error")]
+    own, seven = parts[0]["tokens"][0], sum(parts[0]["tokens"][1:])
     seeds = "; ".join(f"{c.model} {c.percent} %: {', '.join(str(part['seed']) for part in c.parts)}" for c in every)
     head = f"""# Perplexity before any training
 
@@ -208,8 +209,8 @@ the loss of every model, seed and domain.
 - Each cell: perplexity on TinyStories, which both models were trained on · on the seven other domains (exp of the mean
   of their losses a token). Mean ± standard deviation over seeds; lower is better. A seed draws all: split, router rows,
   calibration text. Seeds: {seeds}.
-- The held-out text is the same for all: the first {parts[0]["tokens"][0] // 32} tokens of 32 TinyStories and of 8 documents of each
-  other domain, {parts[0]["tokens"][0]} and {sum(parts[0]["tokens"][1:])} scored tokens.
+- The held-out text is the same for all: the first {own // 32} tokens of 32 TinyStories and of 8 documents of each
+  other domain, {own} and {seven} scored tokens.
 - What so little text leaves open: the standard error of a loss over documents is {middle(plain, 0)} on TinyStories and
   {middle(plain, 1)} nats on the seven; of a loss minus that of the control `prune by activation` on the same text
   {middle(paired, 0)} and {middle(paired, 1)} (medians, in brackets the largest). Two cells that differ by less than a

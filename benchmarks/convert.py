@@ -80,13 +80,13 @@ def clear(path: Path) -> None:
 
 
 def machine(work: Path) -> dict[str, float]:
-    """GB/s of sha256, memory copy and direct sequential writes, measured now."""
+    """GB/s of sha256 (for each CPU second) and of direct sequential writes, measured now."""
     block = memoryview(mmap.mmap(-1, 64 << 20))
     block[:] = os.urandom(len(block))
     rates = {}
-    started = time.perf_counter()
+    started = time.process_time()
     hashlib.sha256(block)
-    rates["sha256_per_core"] = len(block) / (time.perf_counter() - started) / 1e9
+    rates["sha256_per_core"] = len(block) / (time.process_time() - started) / 1e9
     path = work / "rate"
     started = time.perf_counter()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
