@@ -1,0 +1,209 @@
+"""Training under a dynamic rule: weights move by measured losses, a killed run ends with the same bytes; reference
+losses; attention within documents."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prismoe.data.mixture import Mixture
+from prismoe.data.reference import Reference, resolve_reference
+from prismoe.data.shards import Domain
+from prismoe.errors import InputError, InterruptedRun, UsageError
+from prismoe.evaluate import evaluate
+from prismoe.reference import find_domains, reference_loss
+from prismoe.train.metrics import read_metrics
+from prismoe.train.pretrain import PretrainConfig, pretrain
+from tests.test_resume import SignalAt, contents
+from tests.tiny import tiny_dense
+from tests.training import domain_folder, tiny_moe
+
+DYNAMIC = {
+    **{"steps": 12, "seq_len": 32, "batch_size": 6, "warmup_steps": 3, "lr": 1e-3, "save_every": 5, "threads": 1},
+    **{"max_epochs": 50.0, "eval_tokens": 600, "mixing": "sheared", "mixing_every_tokens": 4 * 6 * 32},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_moe(tmp_path_factory.mktemp("source") / "moe")
+
+
+@pytest.fixture(scope="module")
+def data(source, tmp_path_factory):
+    base = tmp_path_factory.mktemp("run") / "data"
+    for number, name in enumerate("ab"):
+        domain_folder(base / name, tokenizer=source / "tokenizer.json", seed=number, documents=60 + 90 * number)
+    return base
+
+
+@pytest.fixture(scope="module")
+def reference(source, data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "reference.json"
+    reference_loss(source, find_domains(data), out=path, seq_len=32, max_tokens=600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unstopped(source, data, reference, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unstopped") / "out"
+    config = PretrainConfig(**DYNAMIC, reference=str(reference))
+    return pretrain(source, config, domains=find_domains(data), weights="uniform", out=out), contents(out)
+
+
+def test_reference_losses_are_those_of_evaluate(source, data, reference) -> None:
+    found = Reference.read(reference)
+    scores = evaluate({"it": source}, find_domains(data), seq_len=32, max_tokens=600)
+    for name in "ab":
+        score, entry = scores.of("it", name), found.losses[name]
+        assert (entry.loss, entry.standard_error, entry.scored_tokens) == (
+            score.loss,
+            score.standard_error,
+            score.scored_tokens,
+        )
+    assert found.model["fingerprint"] == scores.models["it"]["fingerprint"]
+    assert Reference.read(reference) == found
+    assert [domain.name for domain in find_domains(data.parent)] == ["a", "b"]  # a run folder
+    assert [domain.name for domain in find_domains(data / "a")] == ["a"]
+
+
+def test_weights_move_by_the_formula(unstopped, reference) -> None:
+    receipt, files = unstopped
+    lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
+    moves = [line for line in lines if line["event"] == "mixing"]
+    assert [line["step"] for line in moves] == [4, 8, 12]
+    heldout = {line["step"]: line["heldout"] for line in lines if line["event"] == "eval"}
+    measured = {name: entry.loss for name, entry in Reference.read(reference).losses.items()}
+    assert heldout[0]["a"]["loss"] == pytest.approx(measured["a"], abs=1e-6)  # the model itself is the reference
+    before = {"a": 0.5, "b": 0.5}
+    for move in moves:
+        assert move["before"] == pytest.approx(before, abs=1e-15)
+        raw = {n: before[n] * math.exp(heldout[move["step"]][n]["loss"] - measured[n]) for n in before}
+        total = sum(raw.values())
+        before = {n: (1 - 1e-4) * raw[n] / total + 1e-4 / 2 for n in raw}
+        assert move["after"] == pytest.approx(before, abs=1e-12)
+        assert abs(before["a"] - 0.5) > 1e-4
+    assert [entry["step"] for entry in receipt.weight_history] == [0, 4, 8, 12]
+    assert receipt.weights == receipt.weight_history[-1]["weights"]
+
+
+@pytest.mark.parametrize("done", [6, 8])
+def test_killed_after_weights_moved_ends_with_the_same_bytes(
+    tmp_path, source, data, reference, unstopped, done
+) -> None:
+    """SIGTERM at step `done` (8: the update that is due is the resumed run's)."""
+    import signal
+
+    config = PretrainConfig(**DYNAMIC, reference=str(reference))
+    settings = {"domains": find_domains(data), "weights": "uniform", "out": tmp_path / "out"}
+    with pytest.raises(InterruptedRun):
+        pretrain(source, config, **settings, on_progress=SignalAt(signal.SIGTERM, "train step", done))
+    resumed = pretrain(source, config, **settings)
+    assert resumed.resumed_from == done
+    assert contents(tmp_path / "out") == unstopped[1]
+
+
+def test_sigkill_after_weights_moved_ends_with_the_same_bytes(tmp_path, source, data, reference, unstopped) -> None:
+    """Nothing is saved at the moment of a SIGKILL: the run goes back to step 5, whose weights have moved once."""
+    config = PretrainConfig(**DYNAMIC, reference=str(reference))
+    script = f"""
+import os, signal
+from prismoe.reference import find_domains
+from prismoe.train.pretrain import PretrainConfig, pretrain
+def kill(what, done, total):
+    if what.startswith("train step") and done == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+pretrain({str(source)!r}, PretrainConfig(**{ {**DYNAMIC, "reference": str(reference)}!r}),
+         domains=find_domains({str(data)!r}), weights="uniform", out={str(tmp_path / "out")!r}, on_progress=kill)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert len([line for line in read_metrics(tmp_path / "out/metrics.jsonl") if line["event"] == "mixing"]) == 1
+    resumed = pretrain(source, config, domains=find_domains(data), weights="uniform", out=tmp_path / "out")
+    assert resumed.resumed_from == 5
+    assert contents(tmp_path / "out") == unstopped[1]
+
+
+def test_reference_files_that_do_not_fit(tmp_path, source, data, reference) -> None:
+    domains = find_domains(data)
+    losses, warnings = resolve_reference(reference, domains, seq_len=32, max_tokens=600)
+    assert set(losses) == {"a", "b"}
+    assert warnings == []
+    _, warnings = resolve_reference(reference, domains, seq_len=64, max_tokens=600)
+    assert warnings == ["the reference losses were measured on windows of 32, training's are of 64"]
+    _, warnings = resolve_reference(reference, domains, seq_len=32, max_tokens=700)
+    assert "up to 600 tokens a domain, training's on up to 700" in warnings[0]
+    other = domain_folder(tmp_path / "a", tokenizer=source / "config.json")
+    with pytest.raises(InputError, match="measured with another tokenizer than domain a was prepared with"):
+        resolve_reference(reference, [Domain.open(other)], seq_len=32, max_tokens=600)
+    moved = domain_folder(tmp_path / "moved" / "a", tokenizer=source / "tokenizer.json", seed=9)
+    _, warnings = resolve_reference(reference, [Domain.open(moved)], seq_len=32, max_tokens=600)
+    assert warnings == ["the reference losses of a were measured on other held-out text"]
+    for name, text in (("no.json", None), ("bad.json", "{"), ("plan.json", '{"kind": "plan"}')):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=r"prismoe reference-loss MODEL DATA"):
+            Reference.read(tmp_path / name)
+    with pytest.raises(InputError, match="no prepared domain"):
+        find_domains(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="the name of a file"):
+        reference_loss(source, domains, out=tmp_path)
+
+
+@pytest.mark.parametrize("make", [tiny_dense, tiny_moe])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_sequence_is_its_documents_run_alone(tmp_path: Path, data: Path, make, attention: str) -> None:
+    folder = make(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    domain = find_domains(data)[0]
+    mixture = Mixture([domain], weights="uniform", seq_len=240, batch_size=2, max_epochs=9, attend="document")
+    batch = mixture.batch(0)
+    ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids)
+    with torch.inference_mode():
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        across = model(input_ids=ids, use_cache=False).logits
+    pieces = 0
+    for row in range(2):
+        starts = [0, *(np.flatnonzero(batch.position_ids[row][1:] == 0) + 1).tolist()]
+        after_end = np.flatnonzero(batch.input_ids[row][:-1] == domain.end_token) + 1
+        assert starts[1:] == after_end.tolist()
+        assert (batch.labels[row][starts[1:]] == -100).all()
+        assert (batch.labels[row] == -100).sum() == len(starts) - 1
+        for first, last in zip(starts, [*starts[1:], 240], strict=True):
+            with torch.inference_mode():
+                alone = model(input_ids=ids[row : row + 1, first:last], use_cache=False).logits
+            assert (alone[0] - packed[row, first:last]).abs().max() <= 1e-5
+            pieces += 1
+    assert pieces >= 5
+    assert (across - packed).abs().max() > 0.1
+
+
+def test_attention_within_documents_trains(tmp_path, source, data) -> None:
+    """The loss of the first step is that of the packed documents, not that of one long sequence."""
+    common = {"steps": 1, "seq_len": 240, "batch_size": 2, "warmup_steps": 0, "threads": 1, "eval_tokens": 200}
+    found = {}
+    for attend in ("sequence", "document"):
+        out = tmp_path / attend
+        config = PretrainConfig(**common, attend=attend, max_epochs=50.0)
+        found[attend] = pretrain(source, config, domains=find_domains(data), weights="uniform", out=out).first_loss
+    mixture = Mixture(
+        find_domains(data), weights="uniform", seq_len=240, batch_size=2, max_epochs=50, attend="document"
+    )
+    batch = mixture.batch(0)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(
+            input_ids=torch.from_numpy(batch.input_ids),
+            position_ids=torch.from_numpy(batch.position_ids),
+            use_cache=False,  # with a cache, stock models do not look for packed documents
+        ).logits
+    labels = torch.from_numpy(batch.labels)[:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100)
+    assert found["document"] == pytest.approx(float(expected), abs=2e-6)
+    assert abs(found["sequence"] - found["document"]) > 1e-4
