@@ -26,6 +26,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class PretrainConfig:
     """Settings of `pretrain`. Defaults are LLaMA-MoE's (arXiv 2406.16554, appendix) where it states them.
 
+    `model` says what a run trains: the mixture that `convert` wrote, the same one made in memory ("online": nothing is
+    converted), or the dense source itself.
     A batch is `batch_size` sequences of `seq_len` tokens, computed `micro_batch_size` sequences at a time (0: all
     at once). `init` "random" draws the weights anew from the config of the source instead of reading them.
     Learning rate: linear warm-up over `warmup_steps`, half-cosine to `min_lr_ratio` · `lr`. Weight decay spares
@@ -34,7 +36,8 @@ class PretrainConfig:
     twice as fast for large products, slower for small experts; lower precision on others): it is tried once against
     float64 and refused when off by > 1e-5.
     `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own; of several
-    policies, which work in their order, `arguments` has a mapping for each that needs one.
+    policies, which work in their order, `arguments` has a mapping for each that needs one. `unfold_scale` takes the
+    scale of the plan out of down_proj while training, if that is exact (auto), or refuses to train otherwise (true).
     `mixing` is the rule that moves the domain weights (`prismoe.data.rules`) and `mixing_arguments` are its own; a
     dynamic one looks at the held-out losses every `mixing_every_tokens` and compares them with `reference`, a file
     of `reference_loss` or a loss for each domain. `attend` "document" keeps attention within documents.
@@ -49,6 +52,7 @@ class PretrainConfig:
     that stays in one phase for `timeout` seconds ends the run.
     """
 
+    model: Literal["moe", "online", "dense"] = "moe"
     steps: Positive = 1000
     seq_len: Annotated[int, Field(ge=2)] = 512
     batch_size: Positive = 16
@@ -64,6 +68,7 @@ class PretrainConfig:
     fast_matmul: bool = False
     router: str | tuple[str, ...] = "switch"
     arguments: dict[str, Any] = field(default_factory=dict)
+    unfold_scale: Literal["auto"] | bool = "auto"
     mixing: str = "static"
     mixing_arguments: dict[str, str | float] | None = None
     mixing_every_tokens: Positive = 2_500_000_000

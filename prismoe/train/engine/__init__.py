@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -57,7 +59,9 @@ class Engine:
         from torch import distributed
 
         backend = "nccl" if place.type == "cuda" else "gloo"
-        store = _store(rank, world, timeout)
+        from torch.distributed import PrefixStore
+
+        store = PrefixStore(f"prismoe/{next(_STARTED)}", _store(rank, world, timeout))
         try:
             distributed.init_process_group(
                 backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=2 * timeout)
@@ -202,6 +206,10 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+_STARTED = count()  # a second run of the same processes must not read the addresses of the first
+
+
+@cache
 def _store(rank: int, world: int, timeout: float) -> Any:
     from torch.distributed import HashStore, rendezvous  # type: ignore[attr-defined]
 
