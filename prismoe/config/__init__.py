@@ -127,9 +127,15 @@ def _pretrain(binder: Binder, at: Located) -> Any:
 
     own = {item.name for item in fields(settings.PretrainConfig)}
     extra: dict[str, Any] = {}
-    chosen = _choice(
-        binder, at, "pretrain.router", settings.PretrainConfig.router, registry.names("prismoe.train.routers")
-    )
+    names = registry.names("prismoe.train.routers")
+    given = at.value.get("router") if isinstance(at.value, dict) else None
+    if given is not None and isinstance(given.value, list):  # several: the arguments of each lie under its name
+        for one in given.value:
+            if one.value not in names:
+                binder.problem(one.where, f"pretrain.router has {one.value!r}", f"some of {', '.join(names)}")
+        extra = {one.value: dict[str, Any] for one in given.value if one.value in names}
+        return binder.record(settings.PretrainConfig, at, "pretrain", extra, without="seed")
+    chosen = _choice(binder, at, "pretrain.router", str(settings.PretrainConfig.router), names)
     if chosen and isinstance(at.value, dict) and at.value.keys() - own:  # only then is torch worth its two seconds
         attach = registered("prismoe.train.routers", chosen, "attach")
         extra = {key: hint for key, (hint, _) in keywords(attach).items()}

@@ -9,8 +9,11 @@ from typing import Any
 
 from prismoe.data.rules import Mixing
 from prismoe.errors import InterruptedRun
+from prismoe.plan import Plan
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
+from prismoe.train.alarms import in_short
+from prismoe.train.drift import ExpertDrift
 from prismoe.train.engine import Engine
 from prismoe.train.health import Health
 from prismoe.train.heldout import LeftEarly, heldout_losses
@@ -20,6 +23,7 @@ from prismoe.train.routing import watch
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.stopping import StopRequest
 from prismoe.train.trainer import Trainer
+from prismoe.train.unfold import unfolded, unfolding
 from prismoe.train.updates import adamw
 
 __all__ = ["Finished", "train"]
@@ -49,26 +53,29 @@ def train(
     mixing: Mixing,
     engine: Engine,
     out: Path,
+    plan: Plan | None,
     stop: StopRequest,
     on_progress: Progress,
 ) -> Finished:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint under `out`.
 
     Batches come from the mixture of `mixing`, whose weights it moves where it is due. Rank 0 writes `metrics.jsonl`
-    in `out`; every process writes its part of `checkpoints/`.
+    in `out`; every process writes its part of `checkpoints/`. The scales of `plan`, which made the mixture, are
+    unfolded as `config.unfold_scale` says (see `train.unfold`), and folded again at the end.
 
     Raises:
         InterruptedRun: `stop` was requested; the state is saved.
         NumericalError: a loss, gradient or router gradient that cannot be; no weight was changed by that step.
         ResourceError: another process is gone, or there is no disk for a checkpoint.
     """
-    with watch(model) as routers:
+    with watch(model) as routers, unfolded(model, routers, unfolding(plan, model, routers, config.unfold_scale)):
         policy = attach_policy(config.router, routers, arguments=config.arguments, all_reduce=engine.sum_with_gradient)
         optimizer = adamw([*model.parameters(), *policy.parameters().values()], config)
         health = Health(spike=config.spike, limit=config.skip_limit, rollbacks=config.rollbacks)
         trainer = Trainer(model, config, mixing.mixture, routers, policy, optimizer, engine, health)
         with engine.losing_others():
-            run = _Run(trainer, mixing, out, stop, on_progress)
+            drift = ExpertDrift(model, routers, total=engine.sum)  # before a checkpoint replaces what the source gave
+            run = _Run(trainer, mixing, drift, out, stop, on_progress)
             try:
                 return run.through()
             finally:
@@ -79,8 +86,17 @@ def train(
 class _Run:
     """The steps of one command in order, with what has to be done between them."""
 
-    def __init__(self, trainer: Trainer, mixing: Mixing, out: Path, stop: StopRequest, on_progress: Progress) -> None:
-        self.trainer, self.mixing, self.out, self.stop, self.on_progress = trainer, mixing, out, stop, on_progress
+    def __init__(
+        self,
+        trainer: Trainer,
+        mixing: Mixing,
+        drift: ExpertDrift,
+        out: Path,
+        stop: StopRequest,
+        on_progress: Progress,
+    ) -> None:
+        self.trainer, self.mixing, self.drift, self.out = trainer, mixing, drift, out
+        self.stop, self.on_progress = stop, on_progress
         self.config, self.engine, self.health = trainer.config, trainer.engine, trainer.health
         self.folder = out / "checkpoints"
         self.step, self.evaluated, position = 0, False, 0
@@ -120,7 +136,7 @@ class _Run:
                 continue
             self.step, self.evaluated = self.step + 1, False
             shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
-            self.on_progress(f"train step: {shown}", self.step, config.steps)
+            self.on_progress(f"train step: {shown}{in_short(line)}", self.step, config.steps)
         return Finished(
             resumed_from=first,
             steps=self.step,
@@ -153,6 +169,8 @@ class _Run:
             )
         except LeftEarly:
             return False
+        if trainer.routers:
+            found["expert_cosine"] = self.drift.cosines()
         self.log.write({"event": "eval", "step": self.step, **found})
         losses = {name: entry["loss"] for name, entry in found["heldout"].items()}
         moved = self.mixing.update(self.step + self.health.passed_over, losses)

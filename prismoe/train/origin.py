@@ -30,6 +30,7 @@ class Origin:
     config: config.json of the model's folder, and the bytes of it.
     files: the other small files of the model's folder, the plan among them where one is known.
     parents: fingerprints of what it is made from.
+    made_with: the plan that makes it here.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +39,7 @@ class Origin:
     config_bytes: bytes
     files: Mapping[str, bytes]
     parents: Mapping[str, str]
+    made_with: Plan | None = None
 
     @classmethod
     def folder(cls, checkpoint: Checkpoint) -> Origin:
@@ -72,6 +74,7 @@ class Origin:
             config_bytes=(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(),
             files=job.files,
             parents={**job.parents, "conversion": job.key},
+            made_with=plan,
         )
 
     @property
@@ -79,6 +82,16 @@ class Origin:
         """Routed experts of a layer, 0 for a dense model."""
         found = max(self.config.get(name) or 0 for name in ("num_local_experts", "num_experts"))
         return int(found) if found > 1 else 0
+
+    def plan(self) -> Plan | None:
+        """The plan of the mixture, where one is known.
+
+        Raises:
+            InputError: the one in the folder is damaged.
+        """
+        if self.made_with is None and PLAN in self.files:
+            return Plan.load(self.checkpoint.folder / PLAN)
+        return self.made_with
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """safetensors dtype and shape of every tensor of the model's folder."""

@@ -26,6 +26,7 @@ from prismoe.folder import Manifest, claim, hash_files, sha256_file, write_json_
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
+from prismoe.train.alarms import warnings_of
 from prismoe.train.engine.layout import Layout, launched
 from prismoe.train.fit import check_fit
 from prismoe.train.metrics import read_metrics
@@ -234,7 +235,10 @@ def _train(
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":
             _check_room(out, config, engine.layout, num_parameters=num_parameters, vocab_size=model.config.vocab_size)
-        finished = train(model, config, mixing=mixing, engine=engine, out=out, stop=stop, on_progress=on_progress)
+        plan = origin.plan() if config.init == "source" else None
+        finished = train(
+            model, config, mixing=mixing, engine=engine, out=out, plan=plan, stop=stop, on_progress=on_progress
+        )
         files = save_model(model, origin, out / "model", engine=engine)
     if engine.first:
         model_files = hash_files(out / "model", files)
@@ -244,6 +248,8 @@ def _train(
     steps = [line for line in lines if line["event"] == "step"]
     evals = [line for line in lines if line["event"] == "eval"]
     norms = [line["router_gradient_norm"] for line in steps if "router_gradient_norm" in line]
+    policies = [config.router] if isinstance(config.router, str) else config.router
+    alarms = warnings_of(config.router, config.arguments, last_step=steps[-1], last=evals[-1])
     result = {
         "steps": finished.steps,
         "tokens": sum(line["tokens"] for line in steps),
@@ -256,12 +262,12 @@ def _train(
         "rule": mixing.rule,
         "weight_history": mixing.mixture.history,
         "weights": mixing.result(),
-        "router": config.router if finished.num_routers else None,
+        "router": " + ".join(policies) if finished.num_routers else None,
         "router_gradient_norm": [min(norms), max(norms)] if norms else None,
         "idle_experts": evals[-1].get("idle"),
         "skipped": finished.skipped,
         "went_back": finished.went_back,
-        "warnings": [*mixing.warnings, *_warnings(config, finished.num_routers, evals[-1])],
+        "warnings": [*mixing.warnings, *(alarms if finished.num_routers else [])],
     }
     return result, (finished.resumed_from, finished.seconds, finished.steps_run)
 
@@ -271,16 +277,6 @@ def _receipt(out: Path, result: dict[str, Any], *, resumed_from: int, seconds: f
     rate = result["tokens"] * steps_run / result["steps"] / seconds if seconds else None
     fields = {**result, "router_gradient_norm": None if norms is None else (norms[0], norms[1])}
     return Trained(model=out / "model", resumed_from=resumed_from, seconds=seconds, tokens_per_second=rate, **fields)
-
-
-def _warnings(config: PretrainConfig, num_routers: int, last: Mapping[str, Any]) -> list[str]:
-    found = []
-    if num_routers and config.arguments.get("coefficient") == 0:
-        found.append(f"the balance loss of router policy {config.router!r} is off (coefficient 0)")
-    if last.get("idle"):
-        layers = [str(number) for number, load in enumerate(last["load"]) if 0 in load]
-        found.append(f"{last['idle']} experts got no token of the held-out text (mixture layers {', '.join(layers)})")
-    return found
 
 
 def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainConfig]:

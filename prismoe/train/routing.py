@@ -75,25 +75,29 @@ class LoadMeter:
             self._tokens += self._routers[0].logits_TE.shape[0]
 
     def summary(self) -> dict[str, Any]:
-        """Of `result`: the mean entropy, the worst layer's `max_over_mean`, and `idle`."""
+        """Of `result`: the mean entropy, the worst layer's `max_over_mean`, `idle` and `dominant`."""
         whole = self.result()
         entropy = sum(whole["entropy"]) / len(whole["entropy"])
-        return {"entropy": entropy, "max_over_mean": max(whole["max_over_mean"]), "idle": whole["idle"]}
+        counts = {key: whole[key] for key in ("idle", "dominant")}
+        return {"entropy": entropy, "max_over_mean": max(whole["max_over_mean"]), **counts}
 
     def result(self) -> dict[str, Any]:
         """`load`: share of assignments per layer and expert; `entropy`: mean over tokens, per layer, as a share of ln E
         (1 = undecided); `max_over_mean`: the busiest expert's load over the mean, per layer (1 = balanced);
-        `idle`: experts without a single token, over all layers. Of all processes; each of them has to ask."""
+        `idle`: experts without a single token, and `dominant`: experts chosen by more tokens than halfway from their
+        fair share K/E to all of them, over all layers and by layer. Of all processes; each of them has to ask."""
         if not self._routers:
             return {}
         loads, entropies, tokens = self._summed()
         shares = [load.double() / int(load.sum()) for load in loads]
+        most = [(1 / router.top_k + 1 / router.num_experts) / 2 for router in self._routers]  # shares of assignments
         limits = [tokens * math.log(max(router.num_experts, 2)) for router in self._routers]
         return {
             "load": [[round(float(share), 5) for share in layer] for layer in shares],
             "entropy": [round(total / limit, 5) for total, limit in zip(entropies, limits, strict=True)],
             "max_over_mean": [round(float(layer.max() * len(layer)), 4) for layer in shares],
-            "idle": sum(int((load == 0).sum()) for load in loads),
+            **_counted("idle", [load == 0 for load in loads]),
+            **_counted("dominant", [share > limit for share, limit in zip(shares, most, strict=True)]),
         }
 
     def _summed(self) -> tuple[list[torch.Tensor], list[float], int]:
@@ -106,6 +110,11 @@ class LoadMeter:
         numbers = [torch.tensor([self._tokens, *entropies], dtype=torch.float64), *(load.double() for load in loads)]
         head, *loads = self._total(torch.cat(numbers)).split([len(part) for part in numbers])
         return loads, head[1:].tolist(), int(head[0])
+
+
+def _counted(name: str, alarms: Sequence[torch.Tensor]) -> dict[str, Any]:
+    by_layer = [int(layer.sum()) for layer in alarms]
+    return {name: sum(by_layer), f"{name}_by_layer": by_layer}
 
 
 class GradientGuard:

@@ -12,32 +12,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from prismoe.errors import UsageError
 from prismoe.plan import Plan
 from prismoe.train.routers import Router
 
 __all__ = ["unfolded", "unfolding"]
 
 
-def unfolding(plan: Plan | None, model: Any, routers: Sequence[Router]) -> list[float]:
-    """For each router the factor that leaves its experts' down_proj without rounding: s, or 1 where there is none.
+def unfolding(
+    plan: Plan | None, model: Any, routers: Sequence[Router], wanted: Literal["auto"] | bool = "auto"
+) -> list[float]:
+    """For each router the factor to take out of its experts' down_proj: the scale of its layer, or 1.
 
-    1 without a plan; where s is no power of two or does not lie on down_proj alone; and where shared neurons were
-    absorbed into every expert, as only a part of the matrix has it then.
+    1 everywhere when it is not `wanted`; with "auto" wherever it cannot be taken out without rounding: without a plan,
+    where s is no power of two or does not lie on down_proj alone, and where shared neurons were absorbed into every
+    expert, as only a part of the matrix has it then.
+
+    Raises:
+        UsageError: it is wanted and cannot be taken out of a layer.
     """
     layers = [layer for layer in plan.layers if layer is not None] if plan is not None else []
-    if len(layers) != len(routers):
+    if wanted is False or not routers:
         return [1.0] * len(routers)
     has_shared = any("shared" in name for name, _ in model.named_modules())
-    return [
-        float(layer.scale)
-        if layer.spread == "down" and math.frexp(layer.scale)[0] == 0.5 and (has_shared or not len(layer.shared))
-        else 1.0
+    exact = len(layers) == len(routers) and all(
+        layer.spread == "down" and math.frexp(layer.scale)[0] == 0.5 and (has_shared or not len(layer.shared))
         for layer in layers
-    ]
+    )
+    if wanted is True and not exact:
+        raise UsageError(
+            "no plan with a power of two as scale on down_proj alone" if layers else "no plan in the source",
+            where="pretrain.unfold_scale",
+            needed="a scale that can be taken out without rounding",
+            hint="unfold_scale=auto trains it folded",
+        )
+    return [float(layer.scale) for layer in layers] if exact else [1.0] * len(routers)
 
 
 @contextmanager

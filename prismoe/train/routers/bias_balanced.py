@@ -42,6 +42,7 @@ class BiasBalanced(Policy):
         self._rate = rate
         self._fade = fade
         self._share = 1.0
+        self._step = -1
         self._rules = [weighting(router) for router in routers]
         self._bias: list[torch.Tensor] = []
         self._in_model = [rule.bias_E is not None for rule in self._rules]
@@ -57,6 +58,10 @@ class BiasBalanced(Policy):
             raise UsageError("fade", where="pretrain.router bias_balanced", needed="no fade: this model keeps the bias")
 
     def begin(self, moment: Moment) -> None:
+        if moment.step != self._step:  # the last step may have been left out, and its loads with it
+            self._step = moment.step
+            for load_E in self._load:
+                load_E.zero_()
         if self._fade is not None:
             first, last = self._fade
             self._share = min(1.0, max(0.0, (last - moment.step) / (last - first)))
@@ -70,9 +75,11 @@ class BiasBalanced(Policy):
         return super().loss()
 
     def metrics(self) -> dict[str, float]:
-        """`moved` of this process, and the greatest bias."""
+        """`moved` over all processes, each of which has to ask, and the greatest bias."""
         import torch
 
+        if not self.routers:
+            return {}
         moved = total = 0
         for router, stock in zip(self.routers, self._stock, strict=True):
             total += router.chosen_TK.numel()
@@ -103,8 +110,6 @@ class BiasBalanced(Policy):
         with torch.no_grad():
             for load_E, bias in zip(self._all_reduce(torch.stack(self._load)), self._bias, strict=True):
                 bias += self._rate * torch.sign(load_E.mean() - load_E).view_as(bias)
-            for load_E in self._load:
-                load_E.zero_()
 
     def _change(self, layer: int) -> Change:
         from prismoe.train.weighting import reroute

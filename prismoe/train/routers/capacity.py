@@ -83,10 +83,16 @@ class Capacity(Policy):
         self._moment = moment
 
     def metrics(self) -> dict[str, float]:
-        """`dropped`: share of the assignments of this process, over all layers."""
+        """`dropped`: share of the assignments, over all layers and processes, each of which has to ask."""
+        import torch
+
         kept = [part for part in self._kept if part is not None]
-        lost = sum(int((~part).sum()) for part in kept)
-        return {"dropped": lost / max(1, sum(part.numel() for part in kept))}
+        if not kept:
+            return {}
+        counts = torch.tensor([0.0, sum(part.numel() for part in kept)], device=kept[0].device)
+        counts[0] = torch.stack([(~part).sum() for part in kept]).sum()
+        lost, total = self._all_reduce(counts)
+        return {"dropped": float(lost / total)}
 
     def _change(self, layer: int) -> Change:
         import math
