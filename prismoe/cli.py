@@ -34,6 +34,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(stages.plan, "decide which neurons become which expert, and what would come out", ("plan", "convert")),
     "convert": Verb(stages.stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
     "verify": Verb(stages.verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
+    "sift": Verb(stages.stages, "drop text that is not worth training on, with an audit to look at", ("data",)),
     "prepare": Verb(stages.prepare, "turn the text of each domain into tokens", ("data",)),
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),

@@ -183,6 +183,36 @@ def _ratio(number: float | str) -> str:
     return number if isinstance(number, str) else f"{number:.2f}"
 
 
+def _sift_line(receipt: Receipt) -> str:
+    if receipt["state"] == "planned":
+        return f"{receipt['files_scored']} files to look at"
+    total, kept = (sum(row[key] for row in receipt["domains"]) for key in ("bytes", "kept_bytes"))
+    names = ", ".join(dict.fromkeys(row["title"] for row in receipt["filters"]))
+    by = f" by {names}" if names else ""
+    return f"{100 * kept / max(total, 1):.1f} % of {bytes_text(total)} of text kept{by}"
+
+
+def _sift(screen: Screen, receipt: Receipt) -> None:
+    reasons = list(dict.fromkeys(name for row in receipt["domains"] for name in row["dropped"]))
+    rows: list[list[str | Text]] = []
+    for row in receipt["domains"]:
+        gone = [count_text(row["dropped"][name]["documents"]) if name in row["dropped"] else "" for name in reasons]
+        share = f"{100 * row['kept_bytes'] / max(row['bytes'], 1):.1f} %"
+        rows.append([row["name"], count_text(row["documents"]), *gone, count_text(row["kept_documents"]), share])
+    if rows:
+        screen.table(["domain", "documents", *reasons, "kept", "of its text"], rows)
+    if receipt["filters"]:
+        screen.title("thresholds")
+        cells: list[list[str | Text]] = [
+            [row["title"], row["domain"], f"{row['threshold']:.4g}", count_text(row["documents_below"])]
+            for row in receipt["filters"]
+            if row["drop"] is not None
+        ]
+        screen.table(["filter", "domain", "score", "below it"], cells, justify="llrr")
+    if receipt["audit"]:
+        screen.line(f"to look at: {receipt['audit']}")
+
+
 def _prepare_line(receipt: Receipt) -> str:
     train = sum(row["splits"]["train"]["num_tokens"] for row in receipt["domains"])
     held = sum(row["splits"]["heldout"]["num_tokens"] for row in receipt["domains"])
@@ -309,6 +339,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "import": _import_line,
     "densify": _densify_line,
     "verify": _verify_line,
+    "sift": _sift_line,
     "prepare": _prepare_line,
     "calibrate": _calibrate_line,
     "pretrain": _pretrain_line,
@@ -322,6 +353,7 @@ _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "import": _import,
     "densify": _densify,
     "verify": _verify,
+    "sift": _sift,
     "prepare": _prepare,
     "calibrate": _calibrate,
     "pretrain": _pretrain,

@@ -13,7 +13,8 @@ from prismoe import registry
 from prismoe.config.bind import Binder
 from prismoe.config.keys import PLANNERS, keywords, known_keys, registered, wanted_statistics
 from prismoe.config.located import Located, read_override, read_yaml
-from prismoe.config.settings import Config, ConvertConfig, PlanConfig
+from prismoe.config.settings import Config, ConvertConfig, DataConfig, PlanConfig
+from prismoe.data.filters import FilterSpec
 from prismoe.errors import UsageError
 
 __all__ = ["Config", "load_config"]
@@ -43,6 +44,8 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
             values[name] = None if at.value is None else _pretrain(binder, at)
         elif name == "calibrate":
             values[name] = None if at.value is None else _calibrate(binder, at)
+        elif name == "data":
+            values[name] = None if at.value is None else _data(binder, at)
         elif name == "convert":
             _choice(binder, at, "convert.target", ConvertConfig.target, registry.names("prismoe.targets"))
             values[name] = binder.value(at, name, hints[name])
@@ -112,6 +115,32 @@ def _method_arguments(binder: Binder, at: Located) -> dict[str, Any]:
         for name in [chosen] if chosen else names:
             found |= {name: hint for name, (hint, _) in keywords(registered(package, name, function)).items()}
     return found
+
+
+def _data(binder: Binder, at: Located) -> Any:
+    """The data section; each of its filters has the arguments of its own file."""
+    given = at.value.get("filters") if isinstance(at.value, dict) else None
+    if not isinstance(at.value, dict) or given is None or given.value is None:
+        return binder.record(DataConfig, at, "data")
+    rest = {key: value for key, value in at.value.items() if key != "filters"}
+    data = binder.record(DataConfig, Located(rest, at.where), "data")
+    if not isinstance(given.value, list):
+        binder.problem(given.where, "data.filters is no list", "a list of filters, such as [{name: gopher}]")
+        return None
+    names = registry.names("prismoe.data.filters")
+    specs = []
+    for one in given.value:
+        chosen = one.value.get("name") if isinstance(one.value, dict) else None
+        extra: dict[str, Any] = {}
+        if chosen is not None and chosen.value not in names:
+            hint = registry.suggestion(str(chosen.value), names)
+            binder.problem(chosen.where, f"data.filters.name is {chosen.value!r}", f"one of {', '.join(names)}", hint)
+            continue
+        if chosen is not None:
+            arguments = keywords(registered("prismoe.data.filters", str(chosen.value), "open_scorer"))
+            extra = {key: hint for key, (hint, _) in arguments.items()}
+        specs.append(binder.record(FilterSpec, one, "data.filters", extra))
+    return data and replace(data, filters=specs)
 
 
 def _calibrate(binder: Binder, at: Located) -> Any:

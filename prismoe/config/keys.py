@@ -16,6 +16,7 @@ from prismoe.config.settings import Config, DomainConfig, PlanConfig
 
 __all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "type_text", "wanted_statistics"]
 
+FILTERS = "prismoe.data.filters"
 PLANNERS = (("prismoe.routerinit", "rows"), ("prismoe.methods", "split"))
 
 
@@ -68,7 +69,7 @@ def known_keys() -> dict[str, tuple[Any, Any]]:
                 continue
             if records:
                 walk(records[0], f"{prefix}{item.name}.")
-            elif item.name == "domains":
+            elif item.name == "domains" and prefix == "data.":
                 walk(DomainConfig, f"{prefix}domains.NAME.")
             else:
                 found[prefix + item.name] = (hints[item.name], item.default)
@@ -78,6 +79,9 @@ def known_keys() -> dict[str, tuple[Any, Any]]:
         for name in registry.names(package):
             arguments = keywords(registered(package, name, function))
             found |= {f"plan.{key}": kind for key, kind in arguments.items()}
+    for name in registry.names(FILTERS):
+        arguments = keywords(registered(FILTERS, name, "open_scorer"))
+        found |= {f"data.filters.{key}": kind for key, kind in arguments.items()}
     return found
 
 
@@ -94,6 +98,7 @@ def key_lines(sections: Sequence[str]) -> list[str]:
 
 
 _REGISTRIES = {
+    "data.filters.name": FILTERS,
     "plan.method": "prismoe.methods",
     "plan.router": "prismoe.routerinit",
     "convert.target": "prismoe.targets",
@@ -102,8 +107,9 @@ _REGISTRIES = {
 
 
 def _takers() -> list[tuple[str, set[str]]]:
-    """Every method and router initialisation with the dotted keys that are its arguments."""
-    return [
+    """Every method, router initialisation and filter with the dotted keys that are its arguments."""
+    filters = [(name, keywords(registered(FILTERS, name, "open_scorer"))) for name in registry.names(FILTERS)]
+    return [(name, {f"data.filters.{key}" for key in own}) for name, own in filters] + [
         (name, {f"plan.{key}" for key in keywords(registered(package, name, function))})
         for package, function in PLANNERS
         for name in registry.names(package)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from prismoe.data.filters import FilterSpec
 from prismoe.errors import UsageError
 from prismoe.plan.rescale import Scale
 
@@ -77,6 +78,7 @@ class DataConfig:
     """The domains, the tokenizer (default: the source's) and the weights to mix them with (a preset or numbers).
 
     `max_bad` is the share of documents that may be unreadable; `files_per_shard` is for corpora of very many files.
+    `filters`, `deduplicate` and `decontaminate` (benchmark files) are for `sift`, which drops documents before that.
     """
 
     domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
@@ -85,6 +87,14 @@ class DataConfig:
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     max_bad: Annotated[float, Field(ge=0, lt=1)] = 0.001
     files_per_shard: Positive = 1
+    filters: list[FilterSpec] = field(default_factory=list)
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    decontaminate: Paths | None = None
+
+    @property
+    def sifted(self) -> bool:
+        """Whether anything is dropped before the text is tokenised."""
+        return bool(self.filters) or self.deduplicate != "none" or bool(self.decontaminate)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,8 @@ class Config:
         found = {key: value for key, value in asdict(self).items() if value is not None and key != "places"}
         for section in ("plan", "pretrain"):
             found.get(section, {}).update(found.get(section, {}).pop("arguments", {}))
+        for spec in found.get("data", {}).get("filters", ()):
+            spec.update(spec.pop("arguments"))
         for section in ("calibrate", "pretrain"):
             found.get(section, {}).pop("seed", None)  # one seed for the whole run
         for key in ("quantities", "clusters"):

@@ -20,6 +20,7 @@ from prismoe.folder import MARKER, claim, write_atomic, write_json_atomic
 from prismoe.progress import Progress, quiet
 from prismoe.run.stages import STAGES, Work
 from prismoe.state import CONFIG, STATE, read_state
+from prismoe.train.engine.layout import launched
 
 if TYPE_CHECKING:
     from prismoe.config import Config
@@ -84,12 +85,17 @@ def run(
     for name in names:
         for key in STAGES[name].needs:
             config.need(key)
+        if not STAGES[name].asked(config):
+            raise UsageError("nothing to sift by", needed="data.filters, data.deduplicate or data.decontaminate")
     if dry_run:
         names = [name for name in names if _checkable(config, name) or [name] == ["pretrain"] == names]
     elif names != ["plan"]:
         config.need("out")
+    rank, world = launched()[:2]
+    if world > 1 and names != ["pretrain"]:
+        raise UsageError(f"{', '.join(names)} in {world} processes", needed="`prismoe pretrain` alone under torchrun")
     work = Work(config, dry_run=dry_run, force=force, offline=offline, on_progress=on_progress)
-    writes = work.out is not None and not dry_run
+    writes = work.out is not None and not dry_run and rank == 0
     done: list[Done] = []
     with _hold(work.out) if work.out is not None and writes else nullcontext():
         state = read_state(work.out) if work.out is not None else {}
@@ -113,7 +119,7 @@ def run(
             else:
                 receipt = json.loads(json.dumps(stage.work(work)))  # as a kept stage has it
                 seconds = round(time.monotonic() - started, 3)
-                done.append(Done(name, "made" if writes else "checked", seconds, receipt))
+                done.append(Done(name, "checked" if dry_run else "made", seconds, receipt))
                 if writes:
                     state[name] = {
                         "key": key,
@@ -138,7 +144,7 @@ def _checkable(config: Config, name: str) -> bool:
         return STAGES[name].dry
     out = Path(config.need("out"))
     measured = config.plan.calibration is not None or (out / STAGES["calibrate"].output).exists()
-    return {"prepare": True, "calibrate": (out / STAGES["prepare"].output).exists()}.get(name, measured)
+    return {"sift": True, "prepare": True, "calibrate": (out / STAGES["prepare"].output).exists()}.get(name, measured)
 
 
 def run_folder(out: Path) -> None:
@@ -147,6 +153,15 @@ def run_folder(out: Path) -> None:
     ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}
     if not (out / MARKER).exists() and not any((out / name).exists() for name in ours):
         write_json_atomic(out / MARKER, {"kind": "run", "key": "run"})
+
+
+def _builds_on(name: str, config: Config) -> tuple[str, ...]:
+    """`after` of a stage, as this config has it: training may begin with the mixture, its plan or the dense model."""
+    after = STAGES[name].after
+    if name != "pretrain" or config.pretrain is None or config.pretrain.model == "moe":
+        return after
+    others = tuple(other for other in after if other != "convert")
+    return ("plan", *others) if config.pretrain.model == "online" else others
 
 
 @contextmanager
@@ -166,15 +181,23 @@ def _wanted(config: Config, name: str) -> bool:
 
 
 def _has_sections(config: Config, name: str) -> bool:
-    return STAGES[name].needs[0] == "source" or getattr(config, STAGES[name].needs[0]) is not None
+    if config.pretrain is not None and name in {
+        "dense": ("plan", "convert", "verify"),
+        "online": ("convert", "verify"),
+    }.get(config.pretrain.model, ()):
+        return False
+    stage = STAGES[name]
+    return stage.needs[0] == "source" or (getattr(config, stage.needs[0]) is not None and stage.asked(config))
 
 
 def _keys(work: Work) -> dict[str, str]:
     """A hash for every stage that the config has the sections for."""
     keys: dict[str, str] = {}
     for name, stage in STAGES.items():
-        if all(key == "source" or getattr(work.config, key) is not None for key in stage.needs):
-            after = [keys[before] for before in stage.after if before in keys]
+        if all(key == "source" or getattr(work.config, key) is not None for key in stage.needs) and stage.asked(
+            work.config
+        ):
+            after = [keys[before] for before in _builds_on(name, work.config) if before in keys]
             parts = [work.checkpoint.fingerprint, dict(stage.decides(work.config)), after]
             keys[name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return keys
@@ -201,7 +224,7 @@ def _check_before(work: Work, names: Sequence[str], keys: Mapping[str, str], sta
                 where=str(work.folder(STAGES[name].output).parent if name != "plan" else work.folder(STATE)),
                 hint="--force makes it again, --out makes another run",
             )
-        for before in (other for other in STAGES[name].after if other in keys):
+        for before in (other for other in _builds_on(name, work.config) if other in keys):
             record = state.get(before)
             if before not in names and (record is None or record["key"] != keys[before]):
                 found = "is not finished" if record is None else "was made with other settings"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_json_atomic
 from prismoe.progress import Progress
+from prismoe.run.texts import SIFTED, prepare_part, sift_texts, sifting, texts
 
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
     from prismoe.config import Config
-    from prismoe.config.settings import DataConfig
-    from prismoe.data.prepare import DomainSource
     from prismoe.plan import Plan, PlanShape
 
-__all__ = ["STAGES", "Stage", "Work", "prepare_part", "sources"]
+__all__ = ["STAGES", "Stage", "Work", "prepare_part"]
 
 PLAN, STATES, STATISTICS = "plan.safetensors", "prompts.safetensors", "calibration"
 
@@ -195,41 +193,6 @@ def _prepare(work: Work) -> dict[str, Any]:
     return prepare_part(work, None)
 
 
-def prepare_part(work: Work, part: tuple[int, int] | None) -> dict[str, Any]:
-    """The stage, or one share of it: see `prepare`."""
-    from prismoe.data.prepare import prepare
-
-    data = work.config.need("data")
-    return prepare(
-        sources(data),
-        tokenizer=data.tokenizer or work.checkpoint.folder,
-        out=work.folder("data"),
-        heldout_fraction=data.heldout_fraction,
-        files_per_shard=data.files_per_shard,
-        max_bad=data.max_bad,
-        part=part,
-        offline=work.offline,
-        force=work.force,
-        dry_run=work.dry_run,
-        on_progress=work.on_progress,
-    ).to_dict()
-
-
-def sources(data: DataConfig) -> dict[str, DomainSource]:
-    """The text of every domain, as `prepare` takes it."""
-    from prismoe.data.prepare import DomainSource
-
-    return {
-        name: DomainSource(
-            train=_tuple(domain.train),
-            heldout=_tuple(domain.heldout),
-            field=domain.field,
-            select={key: _tuple(values) for key, values in (domain.select or {}).items()},
-        )
-        for name, domain in data.domains.items()
-    }
-
-
 def _calibrate(work: Work) -> dict[str, Any]:
     from prismoe.calibrate import calibrate
 
@@ -249,9 +212,11 @@ def _calibrate(work: Work) -> dict[str, Any]:
 def _pretrain(work: Work) -> dict[str, Any]:
     from prismoe.train.pretrain import pretrain
 
+    settings = work.config.need("pretrain")
     trained = pretrain(
-        work.folder("moe"),
-        work.config.need("pretrain"),
+        work.folder("moe") if settings.model == "moe" else work.checkpoint,
+        settings,
+        **(_online(work) if settings.model == "online" else {}),
         domains=work.domains(),
         weights=work.config.need("data").weights,
         out=work.folder("train"),
@@ -261,9 +226,17 @@ def _pretrain(work: Work) -> dict[str, Any]:
         on_progress=work.on_progress,
     )
     if trained is None:  # a dry run: everything fits
-        settings = work.config.need("pretrain")
         return {"steps": settings.steps, "tokens": settings.steps * settings.batch_size * settings.seq_len}
     return trained.to_dict()
+
+
+def _online(work: Work) -> dict[str, Any]:
+    """The plan, and how it would be converted, for a mixture that is never written before it is trained."""
+    from prismoe.plan import plan_shape
+
+    convert = work.config.convert
+    target = work.target(plan_shape(work.plan))
+    return {"plan": work.plan, "target": target, "pad_to": convert.pad_to, "absorb": convert.absorb}
 
 
 def _eval(work: Work) -> dict[str, Any]:
@@ -290,7 +263,7 @@ def _report(work: Work) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Stage:
     """`decides` gives what its result depends on beside those stages in `after` that the config has the sections for;
-    `output` must be there when finished. `needs` are top-level keys; the first one asks for the stage.
+    `output` must be there when finished. `needs` are top-level keys; the first one asks for the stage, if `asked` does.
     """
 
     work: Callable[[Work], dict[str, Any]]
@@ -299,10 +272,20 @@ class Stage:
     decides: Callable[[Config], Mapping[str, Any]]
     needs: tuple[str, ...] = ("source",)
     dry: bool = False
+    asked: Callable[[Config], bool] = lambda config: True
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage(_prepare, "data", (), lambda c: {"data": _texts(c)}, needs=("data",), dry=True),
+    "sift": Stage(
+        sift_texts,
+        f"{SIFTED}/manifest.json",
+        (),
+        lambda c: {"sift": sifting(c), "data": texts(c)},
+        needs=("data",),
+        dry=True,
+        asked=lambda c: c.need("data").sifted,
+    ),
+    "prepare": Stage(_prepare, "data", ("sift",), lambda c: {"data": texts(c)}, needs=("data",), dry=True),
     "calibrate": Stage(
         _calibrate,
         f"{STATISTICS}/manifest.json",
@@ -337,7 +320,9 @@ def _keys(section: Any) -> dict[str, Any]:
     """A section's keys as the config file has them."""
     found = asdict(section)
     found |= found.pop("arguments", {})
-    unimportant = ("save_every", "save_seconds", "keep")  # they change no result
+    from prismoe.train.settings import MAY_CHANGE
+
+    unimportant = ("save_every", "save_seconds", "keep", *MAY_CHANGE)  # they change no result
     return {key: value for key, value in found.items() if key not in unimportant}
 
 
@@ -356,26 +341,3 @@ def _branch_states(config: Config) -> dict[str, list[str]]:
 
     found = [Checkpoint.open(branch).fingerprint for branch in config.plan.arguments.get("branches", ())]
     return {"branches": found} if found else {}
-
-
-def _texts(config: Config) -> dict[str, Any]:
-    """Everything that decides the token shards: the files with their sizes, and how they are read."""
-    data = config.need("data")
-    found: dict[str, Any] = {"tokenizer": data.tokenizer, "heldout_fraction": data.heldout_fraction}
-    found["files_per_shard"] = data.files_per_shard
-    for name, domain in data.domains.items():
-        for split, paths in (("train", domain.train), ("heldout", domain.heldout)):
-            texts = sorted(
-                path
-                for pattern in _tuple(paths)
-                for path in glob.glob(pattern)  # noqa: PTH207 - patterns may be absolute
-            )
-            found[f"domains.{name}.{split}"] = {path: Path(path).stat().st_size for path in texts}
-        found[f"domains.{name}.field"] = domain.field
-        if domain.select:
-            found[f"domains.{name}.select"] = domain.select
-    return found
-
-
-def _tuple(paths: str | list[str] | None) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else tuple(paths or ())

@@ -53,7 +53,8 @@ def prepare(job: Job) -> dict[str, Any]:
     from prismoe import views
     from prismoe.errors import UsageError
     from prismoe.run import run_folder
-    from prismoe.run.stages import Work, prepare_part
+    from prismoe.run.stages import Work
+    from prismoe.run.texts import prepare_part
 
     part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", job.flags.part)
     if part is None:
