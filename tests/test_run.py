@@ -19,7 +19,7 @@ STAGES = ("plan", "convert", "verify", "prepare", "pretrain", "eval", "report")
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timing.jsonl")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from prismoe.train.metrics import MetricsLog
 from prismoe.train.routers import attach_policy
 from prismoe.train.routing import watch
 from prismoe.train.settings import PretrainConfig
+from prismoe.train.speed import TIMING, Timing, flops_per_token
 from prismoe.train.stopping import StopRequest
 from prismoe.train.trainer import Trainer
 from prismoe.train.unfold import unfolded, unfolding
@@ -100,12 +102,18 @@ class _Run:
         self.config, self.engine, self.health = trainer.config, trainer.engine, trainer.health
         self.folder = out / "checkpoints"
         self.step, self.evaluated, position = 0, False, 0
+        self.lowest, self.no_better = math.inf, 0  # mean held-out loss, and evaluations in a row that did not lower it
         found = checkpoints.latest(self.folder, self.engine)
         if found is not None:
             position = self._restore(found)
-        self.log = MetricsLog(out / "metrics.jsonl", position=position, muted=not self.engine.first)
+        muted = not self.engine.first
+        self.log = MetricsLog(out / "metrics.jsonl", position=position, muted=muted)
+        flops = flops_per_token(trainer.model, seq_len=self.config.seq_len)
+        engine = self.engine
+        self.timing = Timing(out / TIMING, flops=flops, world=engine.world, device=engine.device, muted=muted)
 
     def close(self) -> None:
+        self.timing.close()
         self.log.sync()
         self.log.close()
 
@@ -119,23 +127,28 @@ class _Run:
                 self.evaluated = self._evaluate()
             stopping = engine.any(bool(self.stop.signal_name))
             save = config.save_every and self.step % config.save_every == 0 and first < self.step < config.steps
-            if (save or stopping) and self.step > 0:
+            enough = bool(config.max_steps) and self.step - first >= config.max_steps and self.step < config.steps
+            if (save or stopping or enough) and self.step > 0:
                 self._save()
-            if stopping:
+            if stopping or enough:
+                by = "max_steps" if enough else self.stop.signal_name or "another rank"
                 raise InterruptedRun(
-                    f"stopped by {self.stop.signal_name or 'another rank'} after step {self.step} of {config.steps}",
+                    f"stopped by {by} after step {self.step} of {config.steps}",
                     where=str(self.out),
                     hint="the same command continues",
                 )
-            if self.step == config.steps:
+            if self.step == config.steps or (config.patience and self.no_better >= config.patience):
                 break
+            self.timing.begin()
             line = self.trainer.step(self.step)
+            clock = self.timing.step(self.step + 1, line["tokens"])
             self.log.write(line)
             if line["event"] == "skipped" and self.health.must_go_back:
                 self._go_back(line["found"])
                 continue
             self.step, self.evaluated = self.step + 1, False
             shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
+            shown += f" · MFU {clock['mfu']:.1%}" if "mfu" in clock else ""
             self.on_progress(f"train step: {shown}{in_short(line)}", self.step, config.steps)
         return Finished(
             resumed_from=first,
@@ -173,6 +186,9 @@ class _Run:
             found["expert_cosine"] = self.drift.cosines()
         self.log.write({"event": "eval", "step": self.step, **found})
         losses = {name: entry["loss"] for name, entry in found["heldout"].items()}
+        mean = sum(losses.values()) / len(losses)
+        self.no_better = 0 if mean < self.lowest else self.no_better + 1
+        self.lowest = min(self.lowest, mean)
         moved = self.mixing.update(self.step + self.health.passed_over, losses)
         if moved is not None:
             self.log.write(moved)
@@ -187,6 +203,7 @@ class _Run:
             "evaluated": self.evaluated,
             "history": self.mixing.mixture.history,
             "health": self.health.state(),
+            "heldout": [self.lowest if math.isfinite(self.lowest) else None, self.no_better],
         }
         checkpoints.save(
             self.folder,
@@ -208,6 +225,8 @@ class _Run:
         )
         self.mixing.mixture.restore(state["history"])
         self.health.restore(state["health"])
+        lowest, self.no_better = state["heldout"]
+        self.lowest = math.inf if lowest is None else float(lowest)
         self.step, self.evaluated = int(state["step"]), bool(state["evaluated"])
         return int(state["log"])
 

@@ -28,6 +28,7 @@ from prismoe.train.weights import Place, Reader, fill, local_rows, places, store
 __all__ = ["empty_model", "load_model", "place_model", "save_model"]
 
 _SHARD_BYTES = 5_000_000_000
+_RECOMPUTE = {"use_reentrant": False}
 
 _DTYPES = {
     "F32": torch.float32,
@@ -95,8 +96,12 @@ def _from_config(config: Mapping[str, Any], where: str) -> Any:
         raise InputError(f"no model for this config ({_first_line(error)})", where=where) from error
 
 
-def place_model(origin: Origin, engine: Engine, *, seed: int | None = None, bf16: bool = False) -> Any:
+def place_model(
+    origin: Origin, engine: Engine, *, seed: int | None = None, bf16: bool = False, recompute: bool = False
+) -> Any:
     """The model of `origin` in float32, this process holding its part: read from the folder, or drawn with `seed`.
+
+    With `recompute` it computes the activations of each layer a second time instead of keeping them.
 
     Drawn weights are drawn whole in every process, which is what makes them the same for any number of processes.
 
@@ -108,8 +113,13 @@ def place_model(origin: Origin, engine: Engine, *, seed: int | None = None, bf16
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _from_config(origin.config, where)
+        if recompute:
+            model.gradient_checkpointing_enable(_RECOMPUTE)
         return place(model, engine, bf16=bf16)
-    model = place(empty_model(origin.config, where=where), engine, bf16=bf16)
+    model = empty_model(origin.config, where=where)
+    if recompute:
+        model.gradient_checkpointing_enable(_RECOMPUTE)
+    model = place(model, engine, bf16=bf16)
     with Gatherer.reading(origin.checkpoint) as gatherer, torch.no_grad():
         materialise(model, engine.device)
         shapes = {key: shape for key, (_, shape) in origin.tensors().items()}

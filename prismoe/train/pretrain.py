@@ -156,7 +156,8 @@ def pretrain(
     ):
         done = Manifest.read(out)
         if done is not None:
-            return _receipt(out, done.config["result"], resumed_from=config.steps, seconds=None, steps_run=0)
+            result = done.config["result"]
+            return _receipt(out, result, resumed_from=result["steps"], seconds=None, steps_run=0)
         result, finished = _train(origin, config, mixing, engine, out, settings, on_progress)
         engine.barrier("the model is written")
         if engine.first:
@@ -231,6 +232,7 @@ def _train(
             engine,
             seed=config.seed if config.init == "random" else None,
             bf16=config.precision == "bf16",
+            recompute=config.recompute,
         )
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":

@@ -13,7 +13,8 @@ __all__ = ["MAY_CHANGE", "PretrainConfig"]
 
 MAY_CHANGE = (
     *("save_every", "keep", "max_epochs", "threads", "timeout"),
-    *("device", "replicate", "expert_parallel", "micro_batch_size"),
+    *("device", "replicate", "expert_parallel", "micro_batch_size", "recompute"),
+    *("max_steps", "processes", "hardware"),
 )
 """Settings that may be others when a run goes on: when its state is saved, where and in what parts it is computed."""
 
@@ -30,6 +31,9 @@ class PretrainConfig:
     converted), or the dense source itself.
     A batch is `batch_size` sequences of `seq_len` tokens, computed `micro_batch_size` sequences at a time (0: all
     at once). `init` "random" draws the weights anew from the config of the source instead of reading them.
+    `tokens` is a budget instead of `steps`, rounded up to whole ones. `max_steps` stops after that many steps of this
+    command, saved and to be continued; `patience` ends a run when so many evaluations in a row have not lowered the
+    mean held-out loss (0: neither). `recompute` computes activations a second time instead of keeping them.
     Learning rate: linear warm-up over `warmup_steps`, half-cosine to `min_lr_ratio` · `lr`. Weight decay spares
     norms and biases. `clip` is the largest global gradient norm. `precision` "bf16" computes matrix products in
     bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (on some AMD CPUs
@@ -49,11 +53,15 @@ class PretrainConfig:
     text, `rollbacks` times at most.
     Under torchrun the training state is sharded over all processes, in `replicate` copies; `expert_parallel` processes
     share out whole experts. `batch_size` is that of all processes together, `micro_batch_size` that of one. A process
-    that stays in one phase for `timeout` seconds ends the run.
+    that stays in one phase for `timeout` seconds ends the run. A dry run speaks of `processes` (0: those that were
+    launched) on `hardware`, a name of `train.speed`.
     """
 
     model: Literal["moe", "online", "dense"] = "moe"
-    steps: Positive = 1000
+    steps: Count = 1000
+    tokens: Count = 0
+    max_steps: Count = 0
+    patience: Count = 0
     seq_len: Annotated[int, Field(ge=2)] = 512
     batch_size: Positive = 16
     micro_batch_size: Count = 0
@@ -64,6 +72,7 @@ class PretrainConfig:
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
+    recompute: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     fast_matmul: bool = False
     router: str | tuple[str, ...] = "switch"
@@ -88,6 +97,8 @@ class PretrainConfig:
     replicate: Positive = 1
     expert_parallel: Positive = 1
     timeout: Annotated[float, Field(gt=0)] = 600.0
+    processes: Count = 0
+    hardware: str = ""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
@@ -98,6 +109,13 @@ class PretrainConfig:
             except ValidationError as error:
                 problem = error.errors(include_url=False)[0]["msg"]
                 raise UsageError(f"{value!r}: {problem}", where=f"pretrain.{item.name}") from error
+        if self.tokens:
+            steps = -(-self.tokens // (self.batch_size * self.seq_len))
+            if self.steps not in (type(self).steps, steps):
+                raise UsageError(f"{self.tokens} tokens and {self.steps} steps", where="pretrain.tokens", needed="one")
+            object.__setattr__(self, "steps", steps)
+        if not self.steps:
+            raise UsageError("0: no steps", where="pretrain.steps", needed="1 or more, or pretrain.tokens")
         if self.warmup_steps >= self.steps:
             raise UsageError(
                 f"{self.warmup_steps} warm-up steps of {self.steps} steps",

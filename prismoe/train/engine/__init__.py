@@ -59,7 +59,7 @@ class Engine:
         from torch import distributed
 
         backend = "nccl" if place.type == "cuda" else "gloo"
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         store = PrefixStore(f"prismoe/{next(_STARTED)}", _store(rank, world, timeout))
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prismoe.errors import UsageError
@@ -58,6 +59,13 @@ class Layout:
                 "micro_batch_size",
                 f"a divisor of {rows}, or 0 for all at once",
             )
+
+    def held(self, shape: Sequence[int]) -> int:
+        """Numbers of a parameter of `shape` that the first process holds: the most, where rows do not divide evenly."""
+        rows, parts = shape[0], self.shard
+        if len(shape) == 3 and self.experts > 1:  # the experts of a layer
+            rows, parts = rows // self.experts, parts // self.experts
+        return -(-rows // parts) * math.prod(shape[1:])
 
     def describe(self) -> dict[str, int]:
         """JSON-able, for receipts and checkpoints."""
