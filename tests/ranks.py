@@ -1,6 +1,6 @@
 """Several `pretrain` runs, one after the other, in each of N processes: what a launcher starts in the tests.
 
-`python -m tests.ranks JOBS.json`; a job is {"source", "out", "domains", "config", "plan"?, "stop_at"?}. A job that is
+`python -m tests.ranks JOBS.json`; a job is {"source", "out", "domains", "config", "plan"?, "pad_to"?, "stop_at"?}. A job that is
 told to stop sends its rank 1 a real SIGTERM after that step; one process importing torch serves all jobs.
 """
 
@@ -56,7 +56,6 @@ def main(path: str) -> None:
     from prismoe.plan import Plan
     from prismoe.train.pretrain import PretrainConfig, pretrain
 
-    import faulthandler; faulthandler.dump_traceback_later(170, exit=True)
     rank = int(os.environ["RANK"])
     for job in json.loads(Path(path).read_text()):
         stop_at = job.get("stop_at")
@@ -69,7 +68,13 @@ def main(path: str) -> None:
         config = PretrainConfig(**job["config"])
         try:
             pretrain(
-                job["source"], config, domains=job["domains"], out=job["out"], plan=plan, on_progress=progress
+                job["source"],
+                config,
+                domains=job["domains"],
+                out=job["out"],
+                plan=plan,
+                pad_to=job.get("pad_to", 32),
+                on_progress=progress,
             )
             assert stop_at is None, "was not stopped"
         except InterruptedRun:

@@ -1,0 +1,182 @@
+"""One, two and four real processes (gloo): equal losses, state that moves between layouts, mixtures made in memory."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from prismoe.convert import convert
+from prismoe.errors import InterruptedRun
+from prismoe.plan import make_plan
+from prismoe.train.metrics import read_metrics
+from prismoe.train.pretrain import PretrainConfig, pretrain
+from tests.ranks import launch
+from tests.tiny import tiny_dense
+from tests.training import domain_folder
+
+CONFIG = {
+    "steps": 6,
+    "seq_len": 32,
+    "batch_size": 8,
+    "warmup_steps": 2,
+    "lr": 1e-3,
+    "max_epochs": 50.0,
+    "threads": 1,
+    "eval_every": 3,
+    "eval_tokens": 300,
+    "timeout": 200.0,
+}
+NOISY, SWITCH = {**CONFIG, "router": "noisy_topk"}, {**CONFIG, "router": "switch"}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    """A dense model, its plan, the mixture of it, two domains, and the runs of one process."""
+    base = tmp_path_factory.mktemp("ground")
+    dense = tiny_dense(base / "dense", num_hidden_layers=2)
+    plan = make_plan(dense, method="random", num_experts=4, top_k=2)
+    plan.save(base / "plan.safetensors")
+    convert(dense, plan, target="mixtral", out=base / "moe", pad_to=8)
+    for seed, name in enumerate("ab"):
+        domain_folder(base / name, tokenizer=dense / "tokenizer.json", seed=seed)
+    for name, config in {"noisy": NOISY, "switch": SWITCH}.items():
+        pretrain(base / "moe", PretrainConfig(**config), domains=[base / "a", base / "b"], out=base / f"{name}-1")
+    return base
+
+
+def job(base, out, config, *, source="moe", **more):
+    domains = [str(base / name) for name in "ab"]
+    return {"source": str(base / source), "out": str(base / out), "domains": domains, "config": config, **more}
+
+
+@pytest.fixture(scope="module")
+def two(ground):
+    """What two processes made of it."""
+    stop_here(ground, "one-then-two", NOISY, step=4)
+    online = {"source": "dense", "plan": str(ground / "plan.safetensors"), "pad_to": 8}
+    jobs = [
+        job(ground, "switch-2", SWITCH),
+        job(ground, "noisy-2", {**NOISY, "save_every": 2, "keep": 3}),
+        job(ground, "stopped-2", NOISY, stop_at=4),
+        job(ground, "stopped-2", NOISY),
+        job(ground, "two-then-one", NOISY, stop_at=4),
+        job(ground, "one-then-two", NOISY),
+        job(ground, "online-2", NOISY, **online),
+    ]
+    launch(jobs, ground, world=2)
+    return ground
+
+
+@pytest.fixture(scope="module")
+def four(two):
+    """What four processes made of it: sharded, in two copies, with whole experts, and from a checkpoint of two."""
+    shutil.copytree(two / "two-then-one", two / "two-then-four")
+    online = {"source": "dense", "plan": str(two / "plan.safetensors"), "pad_to": 8}
+    jobs = [
+        job(two, "noisy-4", NOISY),
+        job(two, "copies-4", {**SWITCH, "replicate": 2}),
+        job(two, "experts-4", {**NOISY, "expert_parallel": 2}),
+        job(two, "two-then-four", {**NOISY, "expert_parallel": 4}),
+        job(two, "online-4", NOISY, **online),
+    ]
+    launch(jobs, two, world=4)
+    return two
+
+
+def stop_here(base, out, config, *, step):
+    def progress(what, done, total):
+        if what.startswith("train step") and done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    domains = [base / name for name in "ab"]
+    with pytest.raises(InterruptedRun):
+        pretrain(base / "moe", PretrainConfig(**config), domains=domains, out=base / out, on_progress=progress)
+
+
+def assert_alike(first, second, *, rel):
+    """Every number of two logs: losses, norms, held-out losses; loads exactly."""
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in (first, second)]
+    assert [line["event"] for line in logs[0]] == [line["event"] for line in logs[1]]
+    for one, other in zip(*logs, strict=True):
+        for key in ("loss", "gradient_norm", "router_gradient_norm"):
+            assert other.get(key) == pytest.approx(one.get(key), rel=rel), (one["step"], key)
+        assert other.get("router_loss") == pytest.approx(one.get("router_loss"), rel=10 * rel)
+        assert other.get("by_domain") == pytest.approx(one.get("by_domain"), rel=rel)
+        for name, found in one.get("heldout", {}).items():
+            assert other["heldout"][name] == pytest.approx(found, rel=rel)
+        assert other.get("load") == one.get("load")
+        assert other.get("tokens") == one.get("tokens")
+
+
+def weights(folder):
+    path = folder / "model" / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(out):
+    skipped = ("prismoe.json", "timing.jsonl")
+    files = [path for path in out.rglob("*") if path.is_file() and path.name not in skipped]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", ["switch", "noisy"])
+def test_two_processes_have_the_losses_of_one(two, name):
+    assert_alike(two / f"{name}-1", two / f"{name}-2", rel=1e-6)
+    assert not (two / f"{name}-2" / "checkpoints").exists()
+
+
+def test_stopped_and_continued_in_the_same_layout_is_bit_for_bit(two):
+    unstopped, stopped = contents(two / "noisy-2"), contents(two / "stopped-2")
+    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
+        assert stopped[name] == unstopped[name], name
+    assert unstopped.keys() == stopped.keys()
+
+
+@pytest.mark.parametrize("name", ["one-then-two", "two-then-one"])
+def test_state_moves_between_one_and_two_processes(two, name):
+    if name == "two-then-one":
+        domains = [two / "a", two / "b"]
+        copy = shutil.copytree(two / name, two / "two-then-one-here")
+        trained = pretrain(two / "moe", PretrainConfig(**NOISY), domains=domains, out=copy)
+        assert trained.resumed_from == 4
+        assert_alike(two / "noisy-1", copy, rel=1e-5)
+    else:
+        assert_alike(two / "noisy-1", two / name, rel=1e-5)
+
+
+def test_a_mixture_made_in_memory_is_the_converted_one(two, four):
+    """Convert, then train, against the plan carried out by each process: the same bytes on 1, 2 and 4 of them."""
+    plan_file, domains = two / "plan.safetensors", [two / "a", two / "b"]
+    from prismoe.plan import Plan
+
+    pretrain(
+        two / "dense",
+        PretrainConfig(**NOISY),
+        domains=domains,
+        out=two / "online-1",
+        plan=Plan.load(plan_file),
+        pad_to=8,
+    )
+    for world in (1, 2, 4):
+        assert weights(two / f"online-{world}") == weights(two / f"noisy-{world}"), world
+        model = two / f"online-{world}" / "model"
+        for name in ("config.json", "moe.plan", "tokenizer.json"):
+            assert (model / name).read_bytes() == (two / "moe" / name).read_bytes(), name
+    assert {"metrics.jsonl", "settings.json", "manifest.json", "prismoe.json", "model"} <= set(
+        os.listdir(two / "online-1")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("noisy-4", "noisy-1"), ("copies-4", "switch-1"), ("experts-4", "noisy-1")]
+)
+def test_four_processes_have_the_losses_of_one(four, name, reference):
+    assert_alike(four / reference, four / name, rel=1e-5)
+
+
+def test_state_of_two_processes_goes_on_in_four_with_whole_experts(four):
+    assert_alike(four / "noisy-1", four / "two-then-four", rel=1e-5)
+    assert json.loads((four / "two-then-four" / "manifest.json").read_text())["config"]["result"]["steps"] == 6
