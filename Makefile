@@ -4,15 +4,19 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 # transformers 4.57 lives beside the main environment: the golden tests load every conversion with both.
 TF4    := $(VENV)-tf4
+# llama.cpp and MLX, which have the last word on the portability table. The source package brings llama.cpp's converter.
+ENGINES   := $(VENV)-engines
+LLAMA_CPP := llama_cpp_python-0.3.36
 
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test check format wheel clean
+.PHONY: help demo test test-engines check format wheel clean
 
 help:
 	@echo "make demo    set up and run the main job end to end on the embedded default"
 	@echo "make test    set up and run the whole test suite"
+	@echo "make test-engines  run conversions in llama.cpp and MLX (builds llama.cpp: half an hour)"
 	@echo "make check   ruff, mypy --strict, import floors, file sizes, public surface"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove the environments and caches"
@@ -38,6 +42,20 @@ demo: $(BIN)/.installed
 test: $(BIN)/.installed-dev $(TF4)/.installed
 	PRISMOE_TF4=$(abspath $(TF4)) $(BIN)/python -m pytest
 
+$(ENGINES)/.installed: $(BIN)/.installed-dev
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		torch transformers sentencepiece 'mlx[cpu]==0.32.4' mlx-lm==0.32.2 requests
+	$(ENGINES)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $(ENGINES) llama-cpp-python==0.3.36
+	tar -xzf $(ENGINES)/$(LLAMA_CPP).tar.gz -C $(ENGINES)
+	CMAKE_ARGS="-DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF" \
+		$(ENGINES)/bin/python -m pip install --quiet $(ENGINES)/$(LLAMA_CPP)
+	@touch $@
+
+test-engines: $(ENGINES)/.installed
+	PRISMOE_ENGINES=$(abspath $(ENGINES))/bin/python PRISMOE_LLAMA_CPP=$(abspath $(ENGINES))/$(LLAMA_CPP)/vendor/llama.cpp \
+		$(BIN)/python -m pytest -m engines tests/test_engines.py
+
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
@@ -52,4 +70,4 @@ wheel: $(BIN)/.installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(TF4) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(TF4) $(ENGINES) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """Which engines run a converted model right, and which would be silently wrong, with the reason. One table.
 
-What it says was run by us or read in the engine's source, as each row tells; transformers is also tested with every
-conversion (docs/targets.md). llama.cpp 0.3.36 (Python binding), mlx-lm 0.32, vLLM 0.33, SGLang's main branch.
+What it says was measured or read in the engine's source, as `EVIDENCE` tells. transformers is tested with every release
+(docs/targets.md); `make test-engines` runs llama.cpp and MLX on real conversions and holds every row against them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,26 @@ ENGINES = ("transformers5", "transformers4", "vllm", "sglang", "gguf", "mlx")
 """gguf is llama.cpp and what is built on it."""
 
 
+EVIDENCE = {
+    "transformers5": "tested with every release",
+    "transformers4": "tested with every release",
+    "vllm": "read in the source of vLLM 0.33, not run",
+    "sglang": "read in the source of SGLang's main branch, not run",
+    "gguf": "measured with llama-cpp-python 0.3.36 and the converter that it brings",
+    "mlx": "measured with mlx-lm 0.32.2 and mlx 0.32.4 on a CPU",
+}
+"""How we know what the table says of an engine."""
+
+
 @dataclass(frozen=True)
 class Portability:
     """One engine's verdict: runs, refused (an error when it loads), wrong (it loads and computes something else), or
-    unknown (nobody has looked)."""
+    unknown (nobody has looked). `evidence` is how we know; empty where we do not."""
 
     engine: str
     verdict: str
     why: str
+    evidence: str = ""
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
@@ -45,7 +57,7 @@ class _Trap:
     when: Callable[[DenseConfig, PlanShape], bool] = lambda dense, shape: True
 
 
-RAN, READ = "run on a small model, logits compared", "read in its source, not run"
+RAN, READ = "float32 logits within 1e-4 and greedy tokens equal to transformers'", "read in its source, not run"
 BACKEND = "read in its source, not run: through its transformers backend"
 TESTED = "tested with every release"
 RUNS: dict[str, dict[str, str]] = {
@@ -59,8 +71,7 @@ RUNS: dict[str, dict[str, str]] = {
     "sglang": dict.fromkeys(("mixtral", "granitemoe", "qwen2_moe", "qwen3_moe", "glm4_moe"), READ),
     "gguf": {
         **dict.fromkeys(("mixtral", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"), RAN),
-        **dict.fromkeys(("qwen2_moe", "qwen3_moe", "ernie4_5_moe", "glm4_moe"), RAN),
-        "hunyuan_v1_moe": READ,
+        **dict.fromkeys(("qwen2_moe", "qwen3_moe", "ernie4_5_moe"), RAN),
     },
     "mlx": dict.fromkeys(
         ("mixtral", "granitemoe", "granitemoehybrid", "qwen2_moe", "qwen3_moe", "ernie4_5_moe", "glm4_moe"), RAN
@@ -130,7 +141,7 @@ TRAPS: tuple[_Trap, ...] = (
     ),
     _Trap(
         ("gguf",),
-        ("qwen2_moe", "ernie4_5_moe", "glm4_moe"),
+        ("qwen2_moe", "ernie4_5_moe"),
         "wrong",
         "it drops rope scaling",
         lambda dense, shape: dense.rope_scaling is not None,
@@ -171,13 +182,43 @@ TRAPS: tuple[_Trap, ...] = (
         lambda dense, shape: bool(shape.dense_layers and shape.shared_width),
     ),
     _Trap(("gguf",), ("flex_olmo",), "refused", "no such architecture"),
-    _Trap(("gguf",), ("cohere2_moe",), "wrong", "it averages shared and routed output, ours is the sum"),
+    _Trap(("gguf",), ("hunyuan_v1_moe",), "refused", "its converter wants a moe_topk for each layer"),
+    _Trap(("gguf",), ("cohere2_moe",), "refused", "it wants a shared expert, averaged with the rest; ours is the sum"),
+    _Trap(("gguf",), ("glm4_moe",), "refused", "its converter wants GLM's own tokenizer ([gMASK])"),
     _Trap(
         ("mlx",),
         ("mixtral", "granitemoehybrid"),
         "wrong",
         "it drops rope scaling",
         lambda dense, shape: dense.rope_scaling is not None,
+    ),
+    _Trap(
+        ("mlx",),
+        ("qwen2_moe",),
+        "refused",
+        "it wants rope scaling spelt otherwise",
+        lambda dense, shape: dense.rope_scaling is not None,
+    ),
+    _Trap(
+        ("mlx",),
+        ("glm4_moe",),
+        "refused",
+        "it wants an lm_head of its own, and ours is the embedding",
+        lambda dense, shape: dense.tie_embeddings,
+    ),
+    _Trap(
+        ("gguf", "mlx"),
+        ("qwen3_moe",),
+        "refused",
+        "its attention has no bias",
+        lambda dense, shape: dense.qkv_bias or dense.o_bias,
+    ),
+    _Trap(
+        ("mlx",),
+        ("qwen2_moe",),
+        "refused",
+        "it looks for experts in every layer",
+        lambda dense, shape: bool(shape.dense_layers),
     ),
     _Trap(
         ("mlx",),
@@ -207,11 +248,20 @@ TRAPS: tuple[_Trap, ...] = (
         "no such architecture",
     ),
     _Trap(
-        ("vllm", "sglang", "gguf", "mlx"),
+        ("vllm", "sglang", "mlx"),
         (),
         "unknown",
         "rope scaling of a kind that was not tried, only llama3",
         lambda dense, shape: dense.rope_scaling is not None and dense.rope_scaling["rope_type"] != "llama3",
+    ),
+    _Trap(
+        ("gguf",),
+        (),
+        "unknown",
+        "rope scaling of a kind that was not tried, only llama3 and yarn",
+        lambda dense, shape: (
+            dense.rope_scaling is not None and dense.rope_scaling["rope_type"] not in ("llama3", "yarn")
+        ),
     ),
 )
 """Where a target does not run, or not right, that otherwise does."""
@@ -279,6 +329,8 @@ def _verdict(dense: DenseConfig, shape: PlanShape, target: str, engine: str) -> 
     for verdict in SEVERITY:
         whys = [trap.why for trap in traps if trap.verdict == verdict]
         if whys:
-            return Portability(engine, verdict, "; ".join(whys))
+            return Portability(engine, verdict, "; ".join(whys), EVIDENCE[engine] if verdict != "unknown" else "")
     how = RUNS[engine].get(target)
-    return Portability(engine, "runs" if how else "unknown", how or "nobody has looked")
+    return Portability(
+        engine, "runs" if how else "unknown", how or "nobody has looked", EVIDENCE[engine] if how else ""
+    )
