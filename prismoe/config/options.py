@@ -53,9 +53,14 @@ class ReferenceOptions:
 
 @dataclass(frozen=True)
 class ShowOptions:
-    """See `prismoe.showplan`."""
+    """See `prismoe.showplan`, and `prismoe.showmixture` for prepared domains."""
 
     calibration: str | None = None
+    weights: str | dict[str, Annotated[float, Field(ge=0)]] = "proportional"
+    steps: Positive = 1000
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    batch_size: Positive = 16
+    max_epochs: Annotated[float, Field(gt=0)] = 4.0
 
 
 def read_options(cls: type[Options], overrides: Sequence[str]) -> Options:

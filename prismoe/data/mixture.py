@@ -198,19 +198,25 @@ class Mixture:
         if not over.any():
             return
         first = int(np.flatnonzero(over)[0])
-        low, high = 0, num_steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            if (self.counts(middle) > self.max_epochs * self._num_windows)[first]:
-                high = middle
-            else:
-                low = middle
+        low = self.full_at(self.names[first], num_steps)
         epochs = self.counts(num_steps)[first] / self._num_windows[first]
         raise UsageError(
             f"{num_steps} steps read it {epochs:.1f} times, over max_epochs {self.max_epochs:g} from step {low} on",
             where=f"domain {self.names[first]}",
             hint="give it more text or less weight, take fewer steps, or raise max_epochs",
         )
+
+    def full_at(self, name: str, num_steps: int) -> int | None:
+        """The first of `num_steps` steps that would read domain `name` more than `max_epochs` times, None if none."""
+        g = self.names.index(name)
+        limit = self.max_epochs * self._num_windows[g]
+        if self.counts(num_steps)[g] <= limit:
+            return None
+        low, high = 0, num_steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.counts(middle)[g] > limit else (middle, high)
+        return low
 
     def report(self, step: int) -> tuple[DomainShare, ...]:
         """Requested and achieved share of every domain over the steps before `step`."""

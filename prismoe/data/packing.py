@@ -53,14 +53,14 @@ def read_rows(
     labels = input_ids
     if skipped.any() or ends is not None:
         labels = input_ids.copy()
-        for row in np.flatnonzero(skipped).tolist():
-            labels[row, : skipped[row]] = IGNORED
+        for number in np.flatnonzero(skipped).tolist():
+            labels[number, : skipped[number]] = IGNORED
     if ends is None:
         return Batch(input_ids, labels, domain_ids)
     position_ids = np.empty_like(input_ids)
-    for row, (g, begin) in enumerate(zip(domain_ids.tolist(), begins.tolist(), strict=True)):
-        starts, position_ids[row] = document_positions(ends[g], begin, seq_len=seq_len)
-        labels[row, starts] = IGNORED
+    for number, (g, begin) in enumerate(zip(domain_ids.tolist(), begins.tolist(), strict=True)):
+        starts, position_ids[number] = document_positions(ends[g], begin, seq_len=seq_len)
+        labels[number, starts] = IGNORED
     return Batch(input_ids, labels, domain_ids, position_ids)
 
 
