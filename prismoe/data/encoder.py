@@ -75,12 +75,10 @@ def fastest(file: Path, tokenizer: Any, sample: Sequence[str]) -> Encoder:
 
 def _ways(file: Path, own: Encoder) -> Iterator[tuple[str, Callable[[Sequence[str]], Ids]]]:
     """Fast ways to encode, the fastest first; opened one by one, because most need only the first."""
-    text = file.read_text(encoding="utf-8")
-    cut = _cut_before_spaces(json.loads(text))
-    for description, note in ((cut, ", cut before ▁"), (text, "")):
-        if description is None:
-            continue
-        quick = _caching(description, own)
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    cut = _cut_before_spaces(settings)
+    for description, note in ((cut, ", cut before ▁"), (json.dumps(settings), "")):
+        quick = _caching(description, own) if description is not None else None
         if quick is not None:
             yield f"fastokens {metadata.version('fastokens')}{note}", quick
     if cut is not None:
@@ -125,7 +123,8 @@ def _caching(description: str, own: Encoder) -> Callable[[Sequence[str]], Ids] |
     except ImportError:
         return None
     try:
-        tokenizer = fastokens.Tokenizer.from_json_str(description)
+        needed = {**json.loads(description), "decoder": None, "post_processor": None}  # more is supported without
+        tokenizer = fastokens.Tokenizer.from_json_str(json.dumps(needed))
         tokenizer.no_truncation()
         tokenizer.no_padding()
     except Exception:  # noqa: BLE001 - see `fastest`

@@ -148,15 +148,15 @@ def prepare(
                 rows[route.name] = PreparedDomain(route.name, str(route.folder), "kept", **found)
     readings = [left for reading in readings if (left := _without(reading, rows)) is not None]
     todo = _todo(readings, hashes, part, force)
-    expected = estimate(readings, todo, opened)
+    encoder = opened.quicker(sample_texts(todo)) if todo else opened
+    expected = estimate(readings, todo, encoder)
     folders = {route.name: str(route.folder) for route, _ in _routes(readings)}
     rows |= {name: PreparedDomain(name, folders[name], "planned", splits) for name, splits in expected.items()}
     itemsize = token_dtype(opened.vocab_size).itemsize
     counts = [counts for splits in expected.values() for counts in splits.values()]
     require_room(Path(out), disk_bytes=sum(itemsize * c.num_tokens + 32 * c.num_documents for c in counts))
-    encoder, started, made = opened, time.monotonic(), {}
+    started, made = time.monotonic(), {}
     if not dry_run:
-        encoder = opened.quicker(sample_texts(todo)) if todo else opened
         made = _make(readings, todo, encoder, hashes, part=part, max_bad=max_bad, force=force, on_progress=on_progress)
     seconds = time.monotonic() - started
     tokens = sum(counts.num_tokens for row in made.values() for counts in row.splits.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def read_documents(
         elif isinstance(record, Document) and all(
             value in values for value, (_, values) in zip(record.labels[len(labels) :], wanted, strict=True)
         ):
-            yield record
+            yield replace(record, labels=record.labels[: len(labels)]) if wanted else record
     if not found:
         raise InputError("no documents in it", where=str(path))
 
