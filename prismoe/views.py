@@ -266,15 +266,42 @@ def _calibrate(screen: Screen, receipt: Receipt) -> None:
 
 def _pretrain_line(receipt: Receipt) -> str:
     if "first_loss" not in receipt:
-        return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens: model, domains and settings fit"
+        fits = "model, domains and settings fit" if not receipt["not_checked"] else "the settings fit"
+        return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens: {fits}"
     loss = f"loss {receipt['first_loss']:.3f} → {receipt['last_loss']:.3f}"
     rate = receipt.get("tokens_per_second")
     speed = f", {count_text(rate)} tokens/s" if rate else ""
     return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens, {loss}{speed}"
 
 
+def _forecast(screen: Screen, receipt: Receipt) -> None:
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
+    keys = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes", "activation_bytes", "logit_bytes")
+    of_a_device = ", ".join(f"{name} {bytes_text(receipt[key])}" for name, key in zip(parts, keys, strict=True))
+    sent = ", ".join(f"{name.replace('_', '-')} {bytes_text(n)}" for name, n in receipt["sent_bytes"].items() if n)
+    facts = {
+        "processes": f"{receipt['processes']} ({receipt['layout']['replicate']} copies of the training state)",
+        "parameters": count_text(receipt["parameters"]),
+        "FLOPs per token": count_text(receipt["flops_per_token"]),
+        "memory of a device": f"{bytes_text(receipt['memory_bytes'])}: {of_a_device}",
+        "sent by a device in a step": sent or "nothing",
+        "disk": f"{bytes_text(receipt['disk_bytes'])} (a checkpoint {bytes_text(receipt['checkpoint_bytes'])})",
+    }
+    if receipt["tokens_per_second"]:
+        assumed = f"if {receipt['assumed_mfu']:.0%} of the peak of {receipt['hardware']} is reached"
+        facts["speed"] = f"{count_text(receipt['tokens_per_second'])} tokens/s, {receipt['days']:.1f} days {assumed}"
+    if receipt["not_checked"]:
+        facts["not there yet, not checked"] = ", ".join(receipt["not_checked"])
+    screen.pairs(facts)
+    for name, lines in receipt["launch"].items():
+        screen.title(name)
+        for line in lines.split("\n"):
+            screen.line(line)
+
+
 def _pretrain(screen: Screen, receipt: Receipt) -> None:
     if "mixture" not in receipt:
+        _forecast(screen, receipt)
         return
     shares = {row["name"]: row for row in receipt["mixture"]}
     rows = []

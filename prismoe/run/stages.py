@@ -210,33 +210,9 @@ def _calibrate(work: Work) -> dict[str, Any]:
 
 
 def _pretrain(work: Work) -> dict[str, Any]:
-    from prismoe.train.pretrain import pretrain
+    from prismoe.run.training import train
 
-    settings = work.config.need("pretrain")
-    trained = pretrain(
-        work.folder("moe") if settings.model == "moe" else work.checkpoint,
-        settings,
-        **(_online(work) if settings.model == "online" else {}),
-        domains=work.domains(),
-        weights=work.config.need("data").weights,
-        out=work.folder("train"),
-        force=work.force,
-        dry_run=work.dry_run,
-        offline=work.offline,
-        on_progress=work.on_progress,
-    )
-    if trained is None:  # a dry run: everything fits
-        return {"steps": settings.steps, "tokens": settings.steps * settings.batch_size * settings.seq_len}
-    return trained.to_dict()
-
-
-def _online(work: Work) -> dict[str, Any]:
-    """The plan, and how it would be converted, for a mixture that is never written before it is trained."""
-    from prismoe.plan import plan_shape
-
-    convert = work.config.convert
-    target = work.target(plan_shape(work.plan))
-    return {"plan": work.plan, "target": target, "pad_to": convert.pad_to, "absorb": convert.absorb}
+    return train(work)
 
 
 def _eval(work: Work) -> dict[str, Any]:
