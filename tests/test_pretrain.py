@@ -257,13 +257,14 @@ def test_divergence_is_an_error_and_not_a_model(tmp_path, domains):
 
 
 def test_a_router_that_cannot_learn_is_an_error(tmp_path, domains):
-    """Top-1 with renormalised weights multiplies by exactly 1: without a balance loss nothing reaches the router."""
+    """Top-1 with renormalised weights multiplies by exactly 1: no word of the text reaches the router."""
     source = tiny_moe(tmp_path / "source", top_k=1)
-    config = PretrainConfig(**SHORT, arguments={"coefficient": 0.0})
-    with pytest.raises(NumericalError, match=r"layers\.0\.mlp\.gate, step 3: the router's gradient is zero"):
-        pretrain(source, config, domains=domains, out=tmp_path / "out")
-    trained = pretrain(source, PretrainConfig(**SHORT), domains=domains, out=tmp_path / "out", force=True)
-    assert not [text for text in trained.warnings if "balance" in text]
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate: top_k = 1 with renormalised weights"):
+        pretrain(source, PretrainConfig(**SHORT), domains=domains, out=tmp_path / "out")
+    trained = pretrain(
+        source, PretrainConfig(**SHORT, router="frozen"), domains=domains, out=tmp_path / "out", force=True
+    )
+    assert trained.router_gradient_norm == (0.0, 0.0)
 
 
 def test_a_receipt_warns(tmp_path, domains):

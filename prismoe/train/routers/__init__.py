@@ -241,12 +241,32 @@ def attach_policy(
     """Put policy `name`, or several in that order, on the routers of a model.
 
     `arguments` as completed by `arguments_of`; `all_reduce` sums over data-parallel ranks.
+
+    Raises:
+        UsageError: the policy cannot work on this model, or its routers cannot learn what the text needs.
     """
     if isinstance(name, str):
         module = registry.load(__name__, name, where="pretrain.router")
         policy: Policy = module.attach(routers, all_reduce, **arguments)
-        return policy
-    return _Together(
-        routers,
-        {one: attach_policy(one, routers, arguments=arguments[one], all_reduce=all_reduce) for one in name},
-    )
+    else:
+        each = {
+            one: registry.load(__name__, one, where="pretrain.router").attach(routers, all_reduce, **arguments[one])
+            for one in name
+        }
+        policy = _Together(routers, each)
+    for router in routers:
+        _require_gradient(router)
+    return policy
+
+
+def _require_gradient(router: Router) -> None:
+    """One kept weight over the sum of kept weights is 1, whatever the logits: text says nothing to such a router."""
+    from prismoe.train.weighting import weighting
+
+    if router.learns and router.top_k == 1 and weighting(router).renormalised:
+        raise UsageError(
+            "top_k = 1 with renormalised weights: the loss does not depend on its logits",
+            where=router.name,
+            needed="a router that learns from text",
+            hint="convert with top_k 2 or more, or train around it with router=frozen",
+        )
