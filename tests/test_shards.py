@@ -30,7 +30,9 @@ def test_opening_a_domain(tmp_path: Path, tokenizer: Path) -> None:
     with (folder / "train-00000-000.tokens").open("ab") as file:
         file.write(b"\0\0")
     size = (folder / "train-00000-000.tokens").stat().st_size
-    with pytest.raises(InputError, match=rf"train-00000-000\.tokens: {size} bytes; needed {size - 2} \(manifest\.json\)"):
+    with pytest.raises(
+        InputError, match=rf"train-00000-000\.tokens: {size} bytes; needed {size - 2} \(manifest\.json\)"
+    ):
         Domain.open(folder)
     (folder / "train-00000-000.tokens").unlink()
     with pytest.raises(InputError, match=r"train-00000-000\.tokens: missing"):
