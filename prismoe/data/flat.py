@@ -42,27 +42,27 @@ class FlatFiles:
             begin, end, step = index.indices(self.size)
             if step != 1:
                 return self[np.arange(begin, end, step)]
-            first = bisect_right(self._edges, begin) - 1
-            if end <= begin or first >= len(self._files):
+            if end <= begin:
                 return np.empty(0, self.dtype)
-            offset = self._edges[first]
-            if end <= self._edges[first + 1]:
-                return self._map(first)[begin - offset : end - offset]
-            last = bisect_left(self._edges, end) - 1
-            numbers = [n for n in range(first, last + 1) if self._edges[n] < self._edges[n + 1]]
-            return np.concatenate(
-                [self._map(n)[max(begin - self._edges[n], 0) : end - self._edges[n]] for n in numbers]
-            )
+            edges = self._edges
+            first = bisect_right(edges, begin) - 1
+            if end <= edges[first + 1]:
+                found = self._maps[first]
+                offset = edges[first]
+                return (self._map(first) if found is None else found)[begin - offset : end - offset]
+            last = bisect_left(edges, end)
+            numbers = [number for number in range(first, last) if edges[number] < edges[number + 1]]
+            return np.concatenate([self._map(n)[max(begin - edges[n], 0) : end - edges[n]] for n in numbers])
         wanted = np.asarray(index)
         if wanted.dtype == np.bool_:
             wanted = np.flatnonzero(wanted)
         flat = np.where(wanted < 0, wanted + self.size, wanted).reshape(-1)
         if len(flat) and (flat.min() < 0 or flat.max() >= self.size):
             raise IndexError(f"index out of {self.size}")
-        numbers: npt.NDArray[np.int64] = np.searchsorted(self._starts, flat, side="right").astype(np.int64) - 1
+        whose: npt.NDArray[np.int64] = np.searchsorted(self._starts, flat, side="right").astype(np.int64) - 1
         found = np.empty(len(flat), self.dtype)
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
+        for number in np.unique(whose).tolist():
+            here = whose == number
             found[here] = self._map(number)[flat[here] - self._starts[number]]
         return found.reshape(wanted.shape)[()]
 
