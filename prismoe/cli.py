@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.verbs import folders, machine, mixing, show, stages
+from prismoe.verbs import filters, folders, machine, mixing, show, stages
 from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(stages.stages, "write the mixture as a stock Hugging Face folder", ("plan", "convert")),
     "verify": Verb(stages.verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
     "sift": Verb(stages.stages, "drop text that is not worth training on, with an audit to look at", ("data",)),
+    "train-filter": Verb(
+        filters.train_filter, "a linear filter from texts to keep and texts to drop", options="TrainFilterOptions"
+    ),
     "prepare": Verb(stages.prepare, "turn the text of each domain into tokens", ("data",)),
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),

@@ -213,6 +213,11 @@ def _sift(screen: Screen, receipt: Receipt) -> None:
         screen.line(f"to look at: {receipt['audit']}")
 
 
+def _train_filter_line(receipt: Receipt) -> str:
+    texts = f"{receipt['keep']:,} texts to keep and {receipt['drop']:,} to drop"
+    return f"{receipt['out']}: from {texts}; of the held-out tenth {100 * receipt['accuracy']:.1f} % are judged right"
+
+
 def _prepare_line(receipt: Receipt) -> str:
     train = sum(row["splits"]["train"]["num_tokens"] for row in receipt["domains"])
     held = sum(row["splits"]["heldout"]["num_tokens"] for row in receipt["domains"])
@@ -367,6 +372,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "densify": _densify_line,
     "verify": _verify_line,
     "sift": _sift_line,
+    "train-filter": _train_filter_line,
     "prepare": _prepare_line,
     "calibrate": _calibrate_line,
     "pretrain": _pretrain_line,

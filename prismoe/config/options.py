@@ -13,7 +13,15 @@ from prismoe.config.keys import type_text
 from prismoe.config.located import Located, read_override
 from prismoe.errors import UsageError
 
-__all__ = ["DensifyOptions", "ImportOptions", "ReferenceOptions", "ShowOptions", "option_lines", "read_options"]
+__all__ = [
+    "DensifyOptions",
+    "ImportOptions",
+    "ReferenceOptions",
+    "ShowOptions",
+    "TrainFilterOptions",
+    "option_lines",
+    "read_options",
+]
 
 Positive = Annotated[int, Field(ge=1)]
 Options = TypeVar("Options")
@@ -61,6 +69,14 @@ class ShowOptions:
     seq_len: Annotated[int, Field(ge=2)] = 512
     batch_size: Positive = 16
     max_epochs: Annotated[float, Field(gt=0)] = 4.0
+
+
+@dataclass(frozen=True)
+class TrainFilterOptions:
+    """See `train_filter`: files of texts, one a line in .txt, one an object or row otherwise."""
+
+    keep: str
+    drop: str
 
 
 def read_options(cls: type[Options], overrides: Sequence[str]) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
@@ -167,7 +168,7 @@ def _texts(work: Work, rows: Rows) -> dict[tuple[str, int], dict[str, Any]]:
     for part, places in wanted.items():
         for row, document in enumerate(documents_of(work, part)):
             if row in places:
-                text = document.text[:EXCERPT].strip()
+                text = re.sub(r"\n\s*\n", "\n", document.text[:EXCERPT].strip())
                 where = document.where.rpartition("/")[2]
                 found[part.stem, row] = {
                     "domain": part.domain,
@@ -195,7 +196,8 @@ def page(found: Mapping[str, Any]) -> str:
         files("prismoe.data.sift").joinpath("audit.html.jinja").read_text(encoding="utf-8")
     )
     colours = {name: f"c{place % 8}" for place, name in enumerate(found["reasons"], start=1)}
-    return template.render(**found, totals=_totals(found["domains"]), colours=colours, bars=_bars)
+    seen = [name for name in found["reasons"] if any(name in row["dropped"] for row in found["domains"])]
+    return template.render(**{**found, "reasons": seen}, totals=_totals(found["domains"]), colours=colours, bars=_bars)
 
 
 def _totals(domains: Sequence[Mapping[str, Any]]) -> dict[str, int]:
