@@ -29,13 +29,13 @@ _OFFERS = re.compile(
     r"|[$£€] ?\d[\d,.]*|\b\d[\d,.]* ?(?:usd|eur|gbp)\b",
     re.IGNORECASE,
 )
-MIN_KINDS, MIN_PER_WORD, MIN_WORDS = 3, 0.01, 30
+MIN_KINDS, MIN_PER_WORD, MIN_WORDS = 2, 0.01, 30
 
 
 def label_advertisements(texts: Sequence[str]) -> npt.NDArray[np.int8]:
     """[N]: 0 plainly an advertisement, 1 plainly not, -1 unsure.
 
-    The first has three different offers or more, and one in 100 words; the second has none. Texts under 30 words are
+    The first has two different offers or more, and one in 100 words; the second has none. Texts under 30 words are
     unsure.
     """
     labels = np.full(len(texts), -1, np.int8)
