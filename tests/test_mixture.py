@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,13 @@ from prismoe.folder import Manifest, hash_files
 FEW = settings(max_examples=25, deadline=None, database=None)
 
 
-def numbered(folder: Path, num_tokens: int, *, tokenizer: str = "t") -> Domain:
-    """A domain whose i-th id is i, so that a batch says where it was read."""
+def numbered(folder: Path, num_tokens: int, *, tokenizer: str = "t", cuts: Sequence[int] = ()) -> Domain:
+    """A domain whose i-th id is i, so that a batch says where it was read; in several files, cut at `cuts`."""
     folder.mkdir(parents=True)
-    np.arange(num_tokens, dtype="<u4").tofile(folder / "train.tokens")
+    parts = np.split(np.arange(num_tokens, dtype="<u4"), sorted(cuts))
+    names = ["train", *(f"train-{number}" for number in range(1, len(parts)))]
+    for name, ids in zip(names, parts, strict=True):
+        ids.tofile(folder / f"{name}.tokens")
     np.arange(2, dtype="<u4").tofile(folder / "heldout.tokens")
     np.array([[num_tokens, 1]], "<i8").tofile(folder / "train.ends")
     np.array([[2, 1]], "<i8").tofile(folder / "heldout.ends")
@@ -39,9 +43,15 @@ def numbered(folder: Path, num_tokens: int, *, tokenizer: str = "t") -> Domain:
         "end_token": 0,
         "tokenizer_sha256": tokenizer,
         "splits": splits,
-        "shards": {split: [{"name": split, "counts": found}] for split, found in splits.items()},
+        "shards": {
+            "train": [
+                {"name": name, "counts": {"num_tokens": len(ids), **counts}}
+                for name, ids in zip(names, parts, strict=True)
+            ],
+            "heldout": [{"name": "heldout", "counts": splits["heldout"]}],
+        },
     }
-    files = hash_files(folder, ["train.tokens", "train.ends", "heldout.tokens", "heldout.ends"])
+    files = hash_files(folder, sorted(path.name for path in folder.iterdir()))
     Manifest(kind="domain", parents={}, config=config, files=files).write(folder)
     return Domain.open(folder)
 
@@ -202,6 +212,24 @@ def test_order_depends_on_the_seed_and_the_set_of_domains_only(domains: dict[str
     assert (one.batch(3).input_ids != other.batch(3).input_ids).any()
     passes = [sorted(one.batch(step).input_ids[:, 0].tolist()) for step in range(4)]
     assert passes[0] != passes[1]
+
+
+@given(cuts=st.lists(st.integers(0, 700), max_size=6), seed=st.integers(0, 100))
+@FEW
+def test_a_domain_of_several_files_reads_as_one(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], seed: int
+) -> None:
+    """Wherever the files end, in the middle of windows or at one place twice (an empty file)."""
+    base = tmp_path_factory.mktemp("files")
+    whole, several = numbered(base / "a", 700), numbered(base / "several" / "a", 700, cuts=cuts)
+    one, other = (
+        Mixture([domain], weights="uniform", seq_len=16, batch_size=4, seed=seed, max_epochs=9)
+        for domain in (whole, several)
+    )
+    assert len(several.shards["train"]) == len(cuts) + 1
+    for step in range(11):  # a pass is 44 windows
+        assert (one.batch(step).input_ids == other.batch(step).input_ids).all()
+        assert (one.batch(step).labels == other.batch(step).labels).all()
 
 
 def test_order_is_the_same_on_every_machine_and_version(domains: dict[str, Domain]) -> None:
