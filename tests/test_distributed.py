@@ -37,7 +37,7 @@ def ground(tmp_path_factory):
     """A dense model, its plan, the mixture of it, two domains, and the runs of one process."""
     base = tmp_path_factory.mktemp("ground")
     dense = tiny_dense(base / "dense", num_hidden_layers=2)
-    plan = make_plan(dense, method="random", num_experts=4, top_k=2)
+    plan = make_plan(dense, method="random", num_experts=6, top_k=2)
     plan.save(base / "plan.safetensors")
     convert(dense, plan, target="mixtral", out=base / "moe", pad_to=8)
     for seed, name in enumerate("ab"):
@@ -79,7 +79,7 @@ def four(two):
         job(two, "noisy-4", NOISY),
         job(two, "copies-4", {**SWITCH, "replicate": 2}),
         job(two, "experts-4", {**NOISY, "expert_parallel": 2}),
-        job(two, "two-then-four", {**NOISY, "expert_parallel": 4}),
+        job(two, "two-then-four", {**NOISY, "expert_parallel": 2}),
         job(two, "online-4", NOISY, **online),
     ]
     launch(jobs, two, world=4)
@@ -107,7 +107,9 @@ def assert_alike(first, second, *, rel):
         if "router_loss" in one:
             assert other["router_loss"] == pytest.approx(one["router_loss"], rel=10 * rel)
         for name, found in one.get("heldout", {}).items():
-            assert other["heldout"][name] == pytest.approx(found, rel=rel)
+            assert other["heldout"][name]["loss"] == pytest.approx(found["loss"], rel=rel)
+            # Differences of nearly equal losses of a few documents.
+            assert other["heldout"][name]["standard_error"] == pytest.approx(found["standard_error"], rel=100 * rel)
         for key in ("tokens", "load", "idle"):
             assert other.get(key) == one.get(key), (one["step"], key)
 
@@ -166,9 +168,6 @@ def test_a_mixture_made_in_memory_is_the_converted_one(two, four):
         model = two / f"online-{world}" / "model"
         for name in ("config.json", "moe.plan", "tokenizer.json"):
             assert (model / name).read_bytes() == (two / "moe" / name).read_bytes(), name
-    assert {"metrics.jsonl", "settings.json", "manifest.json", "prismoe.json", "model"} <= set(
-        os.listdir(two / "online-1")
-    )
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ MIXTRAL = {
     "num_experts_per_tok": 4,
     "tie_word_embeddings": False,
 }
-LAYOUTS = [(8, 1, 1), (8, 2, 1), (8, 1, 4), (512, 1, 1), (512, 64, 1), (512, 64, 8), (512, 32, 4)]
+LAYOUTS = [(8, 1, 1), (8, 2, 1), (8, 1, 4), (512, 1, 1), (512, 64, 1), (512, 64, 8), (512, 16, 1), (512, 16, 16)]
 PLACED = """
 import json, sys
 import torch
@@ -38,7 +38,7 @@ from prismoe.train.engine import Engine
 from prismoe.train.engine.layout import Layout
 from prismoe.train.engine.placement import place
 from prismoe.train.model import empty_model
-from prismoe.train.weights import local_rows
+from prismoe.train.weights import held
 config, layouts = json.loads(sys.argv[1])
 found = []
 for world, replicate, experts in layouts:
@@ -47,9 +47,9 @@ for world, replicate, experts in layouts:
     model = place(empty_model(config, where="test"), engine)
     parameters = dict(model.named_parameters())
     found.append({
-        "held": sum(local_rows(p)[0].numel() for p in parameters.values()),
+        "held": sum(held(p)[0].numel() for p in parameters.values()),
         "meshes": sorted({str(tuple(p.device_mesh.shape)) for p in parameters.values()}),
-        "experts": list(local_rows(parameters["model.layers.0.mlp.experts.gate_up_proj"])[0].shape),
+        "experts": list(held(parameters["model.layers.0.mlp.experts.gate_up_proj"])[0].shape),
     })
     distributed.destroy_process_group()
 print(json.dumps(found))
@@ -71,9 +71,12 @@ def test_memory_is_that_of_what_pytorch_places(placed, shape):
     found = forecast(MIXTRAL, config, layout, where="test", command="pretrain x.yaml")
     assert found.weight_bytes == 4 * placed[shape]["held"]
     assert found.optimizer_bytes == 8 * placed[shape]["held"]
-    experts = {(8, 1, 1): 2, (8, 2, 1): 4, (8, 1, 4): 2, (512, 1, 1): 1, (512, 64, 1): 2, (512, 64, 8): 2}
-    if shape in experts:
-        assert placed[shape]["experts"] == [experts[shape], 96, 64]
+    # 16 experts of 96 rows: whole ones where they divide, else (32 processes of a copy) some rows of each.
+    experts = {1: [1, 96, 64], 4: [4, 96, 64], 8: [2, 96, 64], 32: [16, 3, 64], 512: [1, 96, 64]}
+    if shape[2] == 1:
+        assert placed[shape]["experts"] == experts[layout.shard]
+    if shape == (512, 16, 16):
+        assert placed[shape]["experts"] == [1, 48, 64]
 
 
 def test_what_travels():

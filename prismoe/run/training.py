@@ -19,7 +19,7 @@ def train(work: Work) -> dict[str, Any]:
 
     settings = work.config.need("pretrain")
     source = work.folder("moe") if settings.model == "moe" else work.checkpoint
-    needed = [*work.domains(), *([source] if settings.model == "moe" else [])]
+    needed = [*work.domains(), *([work.folder("moe")] if settings.model == "moe" else [])]
     missing = [path.name for path in needed if not (path / "manifest.json").is_file()] if work.dry_run else []
     if settings.model != "moe" and work.dry_run and not work.checkpoint.has_weights and settings.init == "source":
         missing.append("the weights of the source")

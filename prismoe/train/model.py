@@ -23,7 +23,7 @@ from prismoe.folder import fsync_folder, write_atomic, write_json_atomic
 from prismoe.train.engine import Engine
 from prismoe.train.engine.placement import materialise, place
 from prismoe.train.origin import Origin
-from prismoe.train.weights import Place, Reader, fill, local_rows, places, stored
+from prismoe.train.weights import Place, Reader, fill, held, places, stored
 
 __all__ = ["empty_model", "load_model", "place_model", "save_model"]
 
@@ -141,7 +141,7 @@ def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list
     engine.at("writing the model")
     tensors, found = stored(model), places(model)
     for name, tensor in tensors.items():
-        if engine.any(not bool(torch.isfinite(local_rows(tensor)[0]).all())):
+        if engine.any(not bool(torch.isfinite(held(tensor)[0]).all())):
             raise NumericalError("has a value that is not finite", where=name, hint="lower lr; nothing was saved")
     dtypes = _dtypes(origin, found)
     inside: dict[str, dict[str, Place]] = {}
@@ -155,15 +155,15 @@ def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list
     total = 0
     for number, group in enumerate(groups, start=1):
         shard = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        held: dict[str, torch.Tensor] = {}
+        parts: dict[str, torch.Tensor] = {}
         for name in group:
             whole = _whole(tensors[name])
             if engine.first:
-                held |= {key: at.of(whole).to("cpu", dtypes[key]).contiguous() for key, at in inside[name].items()}
+                parts |= {key: at.of(whole).to("cpu", dtypes[key]).contiguous() for key, at in inside[name].items()}
         if engine.first:
-            _write_shard(held, out / shard)
-            index |= dict.fromkeys(held, shard)
-            total += sum(tensor.nbytes for tensor in held.values())
+            _write_shard(parts, out / shard)
+            index |= dict.fromkeys(parts, shard)
+            total += sum(tensor.nbytes for tensor in parts.values())
     files = {**origin.files, "config.json": origin.config_bytes}
     if engine.first:
         for name, data in files.items():
@@ -174,15 +174,15 @@ def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list
     return sorted([*set(index.values()), *files, *([INDEX] if len(groups) > 1 else [])])
 
 
-def _write_shard(held: dict[str, torch.Tensor], path: Path) -> None:
+def _write_shard(parts: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file(held, path, metadata={"format": "pt"})
+        save_file(parts, path, metadata={"format": "pt"})
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"cannot write: {error}", where=str(path)) from error
     with safe_open(path, framework="pt") as file:
-        for key, tensor in held.items():
+        for key, tensor in parts.items():
             if not torch.equal(file.get_tensor(key), tensor):
                 raise NumericalError("read back differently from what was trained", where=f"{path}: {key}")
 

@@ -63,7 +63,7 @@ def _copies(tensor: torch.Tensor, engine: Engine) -> int:
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
         return engine.world
-    shards = 1
+    copies = engine.world // mesh.size()
     for size, placement in zip(mesh.shape, tensor.placements, strict=True):  # type: ignore[attr-defined]
-        shards *= size if placement.is_shard() else 1
-    return engine.world // shards
+        copies *= size if placement.is_replicate() else 1
+    return int(copies)

@@ -21,7 +21,7 @@ from prismoe.convert.layout import lay_out, recipe_tensor
 from prismoe.errors import InputError
 from prismoe.recipe import Recipe
 
-__all__ = ["Place", "Reader", "fill", "local_rows", "places", "stored"]
+__all__ = ["Place", "Reader", "fill", "held", "places", "stored"]
 
 _STRIDE = 1 << 20  # above twice the number of experts of a layer
 
@@ -117,14 +117,14 @@ def _tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """What this process holds of a parameter, and which rows of the whole these are."""
+def held(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """What this process holds of a parameter, and which part of the whole it is, axis by axis."""
     if not hasattr(tensor, "__create_chunk_list__"):
-        return tensor.detach(), slice(0, tensor.shape[0])
+        return tensor.detach(), tuple(slice(0, size) for size in tensor.shape)
     (chunk,) = tensor.__create_chunk_list__()
-    assert tuple(chunk.sizes[1:]) == tuple(tensor.shape[1:]), "parameters are sharded by rows"
     local: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return local.detach(), slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+    sides = zip(chunk.offsets, chunk.sizes, strict=True)
+    return local.detach(), tuple(slice(first, first + size) for first, size in sides)
 
 
 @torch.no_grad()
@@ -147,10 +147,15 @@ def fill(model: Any, reader: Reader, keys: Mapping[str, tuple[int, ...]]) -> Non
         if tuple(keys[key]) != needed:
             raise InputError(f"{key} of shape {list(keys[key])}", where=where, needed=str(list(needed)))
     for key, place in expected.items():
-        local, rows = local_rows(tensors[place.name])
+        local, (rows, *inside) = held(tensors[place.name])
+        if not local.numel():
+            continue
         if place.expert is None:
-            if local.numel():
-                local.copy_(reader.rows(key, rows))
+            local.copy_(reader.rows(key, rows)[(slice(None), *inside)])
         elif rows.start <= place.expert < rows.stop:
-            part = Place(place.name, place.expert - rows.start, place.half)
-            part.of(local).copy_(reader.rows(key))
+            # Its own rows within the expert, less those that another process holds.
+            start = keys[key][0] * (place.half or 0)
+            low, high = max(inside[0].start, start), min(inside[0].stop, start + keys[key][0])
+            if low < high:
+                mine = local[place.expert - rows.start, low - inside[0].start : high - inside[0].start]
+                mine.copy_(reader.rows(key, slice(low - start, high - start)))

@@ -60,11 +60,24 @@ class Layout:
                 f"a divisor of {rows}, or 0 for all at once",
             )
 
+    def axis(self, shape: Sequence[int]) -> int:
+        """Along which axis a parameter of `shape` is sharded.
+
+        Rows, as PyTorch does it; but few experts on many processes would leave most of them with nothing: then the
+        rows within each expert, where these divide.
+        """
+        if len(shape) < 3:
+            return 0
+        parts = self.shard // self.experts
+        return int((shape[0] // self.experts) % parts != 0 and shape[1] % parts == 0)
+
     def held(self, shape: Sequence[int]) -> int:
         """Numbers of a parameter of `shape` that the first process holds: the most, where rows do not divide evenly."""
         rows, parts = shape[0], self.shard
-        if len(shape) == 3 and self.experts > 1:  # the experts of a layer
+        if len(shape) == 3:  # the experts of a layer
             rows, parts = rows // self.experts, parts // self.experts
+            if self.axis(shape):
+                return rows * shape[1] // parts * shape[2]
         return -(-rows // parts) * math.prod(shape[1:])
 
     def describe(self) -> dict[str, int]:

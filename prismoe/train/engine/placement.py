@@ -27,12 +27,13 @@ def place(model: Any, engine: Engine, *, bf16: bool = False) -> Any:
         return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
 
     layout, kind = engine.layout, engine.device.type
     shape = (layout.replicate, layout.shard)
     dense = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     dense = dense if layout.replicate > 1 else dense["shard"]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"shard_placement_fn": lambda parameter: Shard(layout.axis(parameter.shape))}
     if bf16 and kind != "cpu":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if layout.experts > 1:
