@@ -61,10 +61,10 @@ def collect(
 
 
 def _graded(work: Work, item: Filter, domain: str, folder: Path, limit: float) -> dict[str, Any]:
-    """Histogram over the middle 99 % (what lies outside is in the first and last bin), and samples at the threshold."""
+    """Histogram over all but the lowest 2 % and highest 0.5 % (what lies outside is in the first and last bin), and samples at the threshold."""
     parts = _training(work, domain)
     some = np.concatenate([_every(read(folder, part.stem, item.column), 200_000 // len(parts) + 1) for part in parts])
-    low, high = np.quantile(some[~np.isnan(some)], [0.005, 0.995])
+    low, high = np.quantile(some[~np.isnan(some)], [0.02, 0.995])
     low, high = min(low, limit), max(high, limit)
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     counts = np.zeros(BINS, np.int64)

@@ -19,7 +19,7 @@ from prismoe.errors import InputError
 
 __all__ = ["WORDS", "Benchmarks"]
 
-WORDS = 13
+WORDS, MAX_NUMBERS = 13, 4
 _BITS = 22  # a table of four million marks answers most questions before the search
 SUFFIXES = (".jsonl", ".json", ".txt")
 
@@ -70,7 +70,13 @@ def _runs(path: Path) -> npt.NDArray[np.uint64]:
 
 def _of(texts: list[str]) -> npt.NDArray[np.uint64]:
     keys = Batch(texts).keys
-    return ngrams(keys.hashes, keys.ends, WORDS)[0]
+    runs, _ = ngrams(keys.hashes, keys.ends, WORDS)
+    # Every number is one key: a run of little else would match any table.
+    numbers = np.concatenate([[0], np.cumsum(keys.hashes == Batch(["0"]).keys.hashes[0])])
+    starts = np.concatenate([[0], keys.ends[:-1]])
+    places = [np.arange(a, b - WORDS + 1) for a, b in zip(starts, keys.ends, strict=True)]
+    first = np.concatenate([*places, np.zeros(0, np.int64)]).astype(np.int64)
+    return runs[numbers[first + WORDS] - numbers[first] <= MAX_NUMBERS]
 
 
 def _items(path: Path) -> Iterator[str]:
