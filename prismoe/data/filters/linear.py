@@ -76,7 +76,7 @@ def learn(arguments: Mapping[str, Any], texts: Callable[[], Iterator[str]], fold
                 f"{len(dropped)} texts that plainly are advertisements and {len(kept)} that plainly are not",
                 where="filter linear",
                 needed=f"{MIN_TEXTS} of each to learn from",
-                hint="train one on more text: prismoe train-filter keep=FILE drop=FILE --out FOLDER, then model: FOLDER",
+                hint="train one: prismoe train-filter keep=FILE drop=FILE --out FOLDER, then model: FOLDER",
             )
         train_filter(kept, dropped, out=folder)
     return {**arguments, "model": str(folder)}

@@ -61,7 +61,7 @@ def collect(
 
 
 def _graded(work: Work, item: Filter, domain: str, folder: Path, limit: float) -> dict[str, Any]:
-    """Histogram over all but the lowest 2 % and highest 0.5 % (what lies outside is in the first and last bin), and samples at the threshold."""
+    """Histogram of all but the lowest 2 % and highest 0.5 %, kept in its end bins, and samples at the threshold."""
     parts = _training(work, domain)
     some = np.concatenate([_every(read(folder, part.stem, item.column), 200_000 // len(parts) + 1) for part in parts])
     low, high = np.quantile(some[~np.isnan(some)], [0.02, 0.995])
