@@ -11,8 +11,8 @@ import pytest
 from prismoe.account import account
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.family import DenseConfig, dense_config
+from prismoe.lowering import lower
 from prismoe.plan import PlanShape, make_plan, plan_shape
-from prismoe.target import lower
 from prismoe.targets import find_target
 from tests.tiny import tiny_dense
 

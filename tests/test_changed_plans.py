@@ -16,8 +16,8 @@ from prismoe.convert.layout import lay_out
 from prismoe.errors import InputError, NumericalError
 from prismoe.layerplan import Noise, RouterDraw
 from prismoe.layerplan.draws import row_normals, tensor_normals
+from prismoe.lowering import lower
 from prismoe.plan import LayerPlan, Plan, make_plan
-from prismoe.target import lower
 from prismoe.targets import find_target
 from prismoe.verify import reference, verify
 from tests.handmade import handmade

@@ -18,9 +18,10 @@ from prismoe.checkpoint.family import dense_config
 from prismoe.cli import main
 from prismoe.convert import convert
 from prismoe.errors import InputError, UsageError
+from prismoe.lowering import lower
 from prismoe.plan import Plan, PlanShape, make_plan, plan_shape
 from prismoe.recipe import Copy, Fill, Stack, Take
-from prismoe.target import check_rows, lower, moe_config, padded
+from prismoe.target import check_rows, moe_config, padded
 from prismoe.targets import all_targets, find_target
 from prismoe.verify import verify
 from tests import golden
@@ -325,9 +326,7 @@ def test_widths_that_stock_matrix_products_cannot_run_are_refused(
             if width % step == 0:
                 check_rows(dense, find_target("mixtral"), width)
                 continue
-            with pytest.raises(
-                UsageError, match=rf"^convert.pad_to: experts {width} wide .* multiple of {step} "
-            ):
+            with pytest.raises(UsageError, match=rf"^convert.pad_to: experts {width} wide .* multiple of {step} "):
                 check_rows(dense, find_target("mixtral"), width)
         check_rows(dense, find_target("dense"), 43)
     source = tiny_dense(tmp_path / "dense", intermediate_size=172)

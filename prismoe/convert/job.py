@@ -9,8 +9,9 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.convert.layout import lay_out
 from prismoe.convert.stream import Output, job_key
 from prismoe.errors import InputError, UsageError
+from prismoe.lowering import lower
 from prismoe.plan import Plan, plan_shape
-from prismoe.target import absorbed, lower, output_config
+from prismoe.target import absorbed, output_config
 from prismoe.targets import find_target
 
 __all__ = ["PLAN", "Job", "prepare"]

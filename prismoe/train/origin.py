@@ -14,9 +14,10 @@ from typing import Any
 from prismoe.checkpoint import Checkpoint
 from prismoe.convert.job import PLAN, prepare
 from prismoe.convert.layout import recipe_tensor
+from prismoe.lowering import lower
 from prismoe.plan import Plan, plan_shape
 from prismoe.recipe import Copy, Recipe
-from prismoe.target import absorbed, lower, output_config
+from prismoe.target import absorbed, output_config
 from prismoe.targets import find_target
 
 __all__ = ["Origin"]

@@ -18,10 +18,10 @@ from prismoe.checkpoint.family import optional_tensor
 from prismoe.convert.gather import draw
 from prismoe.folder import Manifest, sha256_file
 from prismoe.layerplan.draws import row_normals
+from prismoe.lowering import lower
 from prismoe.plan import Plan
 from prismoe.progress import Progress
 from prismoe.recipe import Copy, Draws, Fill, Mean, Recipe, Stack, Weave
-from prismoe.target import lower
 from prismoe.targets import find_target
 from prismoe.verify.rest import rounded_mean
 
