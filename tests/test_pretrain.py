@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, domains, moe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "pretrain.steps: 0: Input should be greater than or equal to 1"),
+        ({"steps": 0}, "pretrain.steps: 0: no steps; needed 1 or more, or pretrain.tokens"),
         ({"lr": float("nan")}, "pretrain.lr: nan: Input should be"),
         ({"betas": (0.9, 1.0)}, "pretrain.betas: (0.9, 1.0): Input should be less than 1"),
         ({"precision": "fp16"}, "pretrain.precision: 'fp16': Input should be 'fp32' or 'bf16'"),

@@ -28,7 +28,6 @@ from prismoe.train.weights import Place, Reader, fill, held, places, stored
 __all__ = ["empty_model", "load_model", "place_model", "save_model"]
 
 _SHARD_BYTES = 5_000_000_000
-_RECOMPUTE = {"use_reentrant": False}
 
 _DTYPES = {
     "F32": torch.float32,
@@ -114,17 +113,23 @@ def place_model(
             torch.manual_seed(seed)
             model = _from_config(origin.config, where)
         if recompute:
-            model.gradient_checkpointing_enable(_RECOMPUTE)
+            _keep_no_activations(model)
         return place(model, engine, bf16=bf16)
     model = empty_model(origin.config, where=where)
     if recompute:
-        model.gradient_checkpointing_enable(_RECOMPUTE)
+        _keep_no_activations(model)
     model = place(model, engine, bf16=bf16)
     with Gatherer.reading(origin.checkpoint) as gatherer, torch.no_grad():
         materialise(model, engine.device)
         shapes = {key: shape for key, (_, shape) in origin.tensors().items()}
         fill(model, Reader(origin.checkpoint, origin.recipes, gatherer), shapes)
     return model
+
+
+def _keep_no_activations(model: Any) -> None:
+    # The first name is that of newer versions of the library, the second of those before.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list[str]:

@@ -14,12 +14,16 @@ __all__ = ["plan", "prepare", "stages", "verify"]
 def stages(job: Job) -> dict[str, Any]:
     """A verb that is one stage of a run, or all of them."""
     from prismoe import views
+    from prismoe.progress import quiet
     from prismoe.run import Done, run
+    from prismoe.train.engine.layout import launched
 
     config = job.config()
     several = job.verb == "run"
 
     def show(done: Done) -> None:
+        if launched()[0]:
+            return  # one of several processes speaks for all
         if several:
             job.screen.stage(done.stage, done.state, views.summary(done.stage, done.receipt), done.seconds)
         elif done.stage == job.verb:
@@ -34,7 +38,7 @@ def stages(job: Job) -> dict[str, Any]:
             dry_run=job.flags.dry_run,
             force=job.flags.force,
             offline=job.flags.offline,
-            on_progress=on_progress,
+            on_progress=quiet if launched()[0] else on_progress,
             on_stage=show,
         )
     if several and not job.flags.dry_run and result.stages[-1].stage != "report":
