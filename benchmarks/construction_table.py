@@ -39,6 +39,7 @@ class Cells:
     def __init__(self, parts: list[dict[str, Any]]) -> None:
         self.parts = parts
         self.model, self.percent, self.active = parts[0]["model"], parts[0]["percent"], parts[0]["active"]
+        self.ended = all(part["done"][-1] in LAST for part in parts)
         found = dict.fromkeys(name for part in parts for name in (*part["losses"], *part["same"]))
         self.names = sorted((name for name in found if name.count("|") == 2 and self.everywhere(name)), key=place)
         self.controls = [name for name in parts[0]["losses"] if name.startswith("prune")]
@@ -192,13 +193,16 @@ def document(parts: list[dict[str, Any]], reading: str) -> str:
 
     every = by_size(parts)
     found, whole = [c for c in every if c.percent < 100], [c for c in every if c.percent == 100]
+    open_ones = [f"{cells.model} {cells.percent} %" for cells in every if not cells.ended]
     refused = sorted({f"- `{name}`: {why}" for part in parts for name, why in part["refused"].items()})
     measured = sum(len(part["losses"]) for part in parts)
     same = sum(len(part["same"]) for part in parts)
     plain = [pair for cells in found for pair in cells.errors("standard_error")]
     paired = [pair for cells in found for pair in cells.errors("change_standard_error")]
     own, seven = parts[0]["tokens"][0], sum(parts[0]["tokens"][1:])
-    seeds = "; ".join(f"{c.model} {c.percent} %: {', '.join(str(part['seed']) for part in c.parts)}" for c in every)
+    drawn = {f"{c.model} {c.percent} %": ", ".join(str(part["seed"]) for part in c.parts) for c in every}
+    same_seeds = len(set(drawn.values())) == 1
+    seeds = drawn.popitem()[1] if same_seeds else "; ".join(f"{name}: {text}" for name, text in drawn.items())
     head = f"""# Perplexity before any training
 
 Written by `python benchmarks/construction.py --shared ../shared --work DIR`; [construction.json](construction.json) has
@@ -244,6 +248,8 @@ the loss of every model, seed and domain.
         *map(section, found),
         *map(copies, whole),
     ]
+    if open_ones:
+        bodies.insert(0, f"**Not all methods have been measured yet: {', '.join(open_ones)}.**")
     if refused:
         bodies.append("Refused:\n\n" + "\n".join(refused))
     return head + "\n\n".join(bodies) + "\n"
@@ -259,7 +265,9 @@ def write(work: Path, docs: Path) -> None:
     from prismoe.folder import write_atomic
 
     parts = [json.loads(path.read_bytes()) for path in sorted(work.glob("*-*-[0-9]*.json"))]
-    parts = [part for part in parts if part["done"] and part["done"][-1] in LAST]  # finished ones
+    ended = [part for part in parts if part["done"] and part["done"][-1] in LAST]
+    sizes = {(part["model"], part["percent"]) for part in ended}
+    parts = ended + [part for part in parts if (part["model"], part["percent"]) not in sizes]
     reading = docs / "construction-reading.md"
     note = reading.read_text().strip() if reading.is_file() else ""
     write_atomic(docs / "construction.md", document(parts, note).encode())
