@@ -134,6 +134,10 @@ def _torch(warnings: list[str]) -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         facts[f"cuda:{index}"] = _cuda(torch, index)
     facts.setdefault("accelerator", "see above" if torch.cuda.device_count() else "none")
+    from prismoe.train.runtime import levers
+
+    for lever in levers():
+        facts[lever.setting.removeprefix("pretrain.")] = str(lever)
     if torch.backends.mps.is_available():
         facts["accelerator"] = "mps"
     return facts

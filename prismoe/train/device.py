@@ -9,7 +9,7 @@ import torch
 
 from prismoe.errors import NumericalError
 
-__all__ = ["matmul_kernel", "num_threads"]
+__all__ = ["matmul_kernel", "num_threads", "product_error"]
 
 _LARGEST_ERROR = 1e-5
 
@@ -40,7 +40,7 @@ def matmul_kernel(*, fast: bool) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        error = _product_error()
+        error = product_error()
         if error > _LARGEST_ERROR:
             raise NumericalError(
                 f"float32 matrix products are off by {error:.1e} (relative)",
@@ -53,7 +53,8 @@ def matmul_kernel(*, fast: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _product_error() -> float:
+def product_error() -> float:
+    """How far a float32 product is from float64 now, relative."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(256, 512, generator=generator) for _ in range(2))
     exact = left.double() @ right.double().T
