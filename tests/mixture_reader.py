@@ -1,9 +1,9 @@
-"""One rank that reads a mixture by itself: run as a process by tests, killed and run again.
+"""Ranks that read a mixture, each in a process of its own and by itself: started by tests, killed and started again.
 
-    python -m tests.mixture_reader DOMAINS OUT RULE RANK WORLD STEPS
+    python -m tests.mixture_reader DOMAINS OUT RULES WORLD STEPS
 
-Prints nothing; OUT gets one line a step with a hash of each of its rows, and state.json what a trainer would keep.
-It goes on from what is in resume.json.
+Prints nothing; for each of the rules (a,b) OUT/RULE gets a file of every rank, one line a step with a hash of each of
+its rows, and state.json with what a trainer would keep. They go on from what is in resume.json.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -42,21 +43,34 @@ def row_hashes(mixing: Mixing, step: int, *, rank: int, world: int) -> list[str]
     ]
 
 
-def main() -> None:
-    folder, out, rule, rank, world, steps = sys.argv[1:]
-    mixing, file = open_mixing(Path(folder), rule), Path(out) / f"rank-{rank}-of-{world}"
-    state = {"step": 0, "length": 0}
-    if (Path(out) / "resume.json").is_file():  # not state.json, which rank 0 may have written by now
-        state = json.loads((Path(out) / "resume.json").read_bytes())
+def read(folder: Path, out: Path, rule: str, *, rank: int, world: int, steps: int) -> None:
+    out.mkdir(exist_ok=True)
+    mixing = open_mixing(folder, rule)
+    state = {"step": 0}
+    if (out / "resume.json").is_file():  # not state.json, which rank 0 may have written by now
+        state = json.loads((out / "resume.json").read_bytes())
         mixing.mixture.restore(state["history"])
-    with file.open("a") as log:
-        for step in range(state["step"], int(steps)):
+    with (out / f"rank-{rank}-of-{world}").open("a") as log:
+        for step in range(state["step"], steps):
             if step > state["step"]:  # at a checkpoint the update is in the history already
                 mixing.update(step, losses(mixing.mixture.names, step))
-            if step % SAVE == 0 and rank == "0":
-                write_json_atomic(Path(out) / "state.json", {"step": step, "history": mixing.mixture.history})
-            log.write(json.dumps([step, row_hashes(mixing, step, rank=int(rank), world=int(world))]) + "\n")
+            if step % SAVE == 0 and rank == 0:
+                write_json_atomic(out / "state.json", {"step": step, "history": mixing.mixture.history})
+            log.write(json.dumps([step, row_hashes(mixing, step, rank=rank, world=world)]) + "\n")
             log.flush()
+
+
+def main() -> None:
+    folder, out, rules, world, steps = sys.argv[1:]
+    ranks = []
+    for rank in range(int(world)):
+        ranks.append(os.fork())  # what is imported is imported once
+        if not ranks[-1]:
+            for rule in rules.split(","):
+                read(Path(folder), Path(out) / rule, rule, rank=rank, world=int(world), steps=int(steps))
+            return
+    ended = [os.waitpid(process, 0)[1] for process in ranks]
+    sys.exit(any(ended))
 
 
 if __name__ == "__main__":

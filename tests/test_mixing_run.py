@@ -3,6 +3,7 @@ losses; attention within documents."""
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.training import domain_folder, tiny_moe
 DYNAMIC = {
     **{"steps": 12, "seq_len": 32, "batch_size": 6, "warmup_steps": 3, "lr": 1e-3, "save_every": 5, "threads": 1},
     **{"max_epochs": 50.0, "eval_tokens": 600, "mixing": "sheared", "mixing_every_tokens": 4 * 6 * 32},
+    "mixing_arguments": {"eta": 100.0},
 }
 
 
@@ -39,7 +41,7 @@ def source(tmp_path_factory):
 def data(source, tmp_path_factory):
     base = tmp_path_factory.mktemp("run") / "data"
     for number, name in enumerate("ab"):
-        domain_folder(base / name, tokenizer=source / "tokenizer.json", seed=number, documents=60 + 90 * number)
+        domain_folder(base / name, tokenizer=source / "tokenizer.json", seed=number)
     return base
 
 
@@ -84,7 +86,7 @@ def test_weights_move_by_the_formula(unstopped, reference) -> None:
     before = {"a": 0.5, "b": 0.5}
     for move in moves:
         assert move["before"] == pytest.approx(before, abs=1e-15)
-        raw = {n: before[n] * math.exp(heldout[move["step"]][n]["loss"] - measured[n]) for n in before}
+        raw = {n: before[n] * math.exp(100 * (heldout[move["step"]][n]["loss"] - measured[n])) for n in before}
         total = sum(raw.values())
         before = {n: (1 - 1e-4) * raw[n] / total + 1e-4 / 2 for n in raw}
         assert move["after"] == pytest.approx(before, abs=1e-12)
@@ -93,20 +95,33 @@ def test_weights_move_by_the_formula(unstopped, reference) -> None:
     assert receipt.weights == receipt.weight_history[-1]["weights"]
 
 
-@pytest.mark.parametrize("done", [6, 8])
-def test_killed_after_weights_moved_ends_with_the_same_bytes(
-    tmp_path, source, data, reference, unstopped, done
-) -> None:
-    """SIGTERM at step `done` (8: the update that is due is the resumed run's)."""
-    import signal
-
+def test_stopped_after_weights_moved_ends_with_the_same_bytes(tmp_path, source, data, reference, unstopped) -> None:
+    """SIGTERM at step 6 and at step 8, where the update that is due is the resumed run's."""
     config = PretrainConfig(**DYNAMIC, reference=str(reference))
     settings = {"domains": find_domains(data), "weights": "uniform", "out": tmp_path / "out"}
-    with pytest.raises(InterruptedRun):
-        pretrain(source, config, **settings, on_progress=SignalAt(signal.SIGTERM, "train step", done))
+    for done in (6, 8):
+        with pytest.raises(InterruptedRun):
+            pretrain(source, config, **settings, on_progress=SignalAt(signal.SIGTERM, "train step", done))
     resumed = pretrain(source, config, **settings)
-    assert resumed.resumed_from == done
+    assert resumed.resumed_from == 8
     assert contents(tmp_path / "out") == unstopped[1]
+
+
+def test_a_domain_used_up_under_moved_weights_loses_no_step(tmp_path, source, data, reference, unstopped) -> None:
+    """Half of the rows of the 12 steps are all that is allowed of each domain; moved weights want more of one."""
+    receipt, files = unstopped
+    share = max(receipt.mixture, key=lambda share: share["sequences"])
+    assert share["sequences"] > 37
+    windows = share["sequences"] / share["epochs"]
+    config = PretrainConfig(**{**DYNAMIC, "save_every": 0, "max_epochs": 36.5 / windows}, reference=str(reference))
+    settings = {"domains": find_domains(data), "weights": "uniform", "out": tmp_path / "out"}
+    with pytest.raises(UsageError) as caught:
+        pretrain(source, config, **settings)
+    assert f"domain {share['name']}: " in str(caught.value)
+    assert str(caught.value).endswith("the same command with a larger pretrain.max_epochs continues)")
+    resumed = pretrain(source, PretrainConfig(**DYNAMIC, reference=str(reference)), **settings)
+    assert 4 <= resumed.resumed_from < 12
+    assert contents(tmp_path / "out") == files
 
 
 def test_sigkill_after_weights_moved_ends_with_the_same_bytes(tmp_path, source, data, reference, unstopped) -> None:

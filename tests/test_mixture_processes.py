@@ -27,9 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def start(folder: Path, out: Path, rule: str, world: int, *, steps: int = STEPS) -> list[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "tests.mixture_reader", str(folder), str(out), rule]
-    return [subprocess.Popen([*command, str(rank), str(world), str(steps)], cwd=ROOT) for rank in range(world)]
+def start(folder: Path, out: Path, rules: str, world: int, *, steps: int = STEPS) -> subprocess.Popen[bytes]:
+    """`world` processes, which are a session of their own."""
+    command = [sys.executable, "-m", "tests.mixture_reader", str(folder), str(out), rules, str(world), str(steps)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
 
 
 def global_order(out: Path, world: int) -> dict[int, list[str]]:
@@ -55,37 +57,35 @@ def expected(folder: Path, rule: str) -> dict[int, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("rule", ["static", "sheared"])
-def test_one_two_and_four_processes_read_the_same_batches(folder: Path, tmp_path: Path, rule: str) -> None:
-    whole = expected(folder, rule)
-    assert len({tuple(rows) for rows in whole.values()}) == STEPS
-    for world in (1, 2, 4):
-        out = tmp_path / str(world)
-        out.mkdir()
-        for process in start(folder, out, rule, world):
-            assert process.wait(60) == 0
-        assert global_order(out, world) == whole
+def test_one_two_and_four_processes_read_the_same_batches(folder: Path, tmp_path: Path) -> None:
+    whole = {rule: expected(folder, rule) for rule in ("static", "sheared")}  # this process is the one
+    assert whole["static"] != whole["sheared"]
+    for world in (2, 4):
+        assert start(folder, tmp_path, "static,sheared", world).wait(60) == 0
+        for rule, batches in whole.items():
+            assert len({tuple(rows) for rows in batches.values()}) == STEPS
+            assert global_order(tmp_path / rule, world) == batches
 
 
 def test_killed_anywhere_and_gone_on_with_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
     """SIGKILL while the weights have moved already; then 4 processes instead of 2 go on from the state on disk."""
-    whole = expected(folder, "sheared")
+    whole, out = expected(folder, "sheared"), tmp_path / "sheared"
     processes = start(folder, tmp_path, "sheared", 2, steps=10**6)
-    logs = [tmp_path / f"rank-{rank}-of-2" for rank in range(2)]
-    while not all(log.is_file() and log.read_bytes().count(b"\n") >= 18 for log in logs):
-        time.sleep(0.01)
-        assert processes[0].poll() is None
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
-    state = json.loads((tmp_path / "state.json").read_bytes())
+    logs = [out / f"rank-{rank}-of-2" for rank in range(2)]
+    try:
+        while not all(log.is_file() and log.read_bytes().count(b"\n") >= 18 for log in logs):
+            time.sleep(0.01)
+            assert processes.poll() is None
+    finally:
+        os.killpg(processes.pid, signal.SIGKILL)
+    assert processes.wait(60) == -signal.SIGKILL
+    state = json.loads((out / "state.json").read_bytes())
     if state["step"] > STEPS:  # a slow machine: go back to a state that the short run knows
         state = {"step": 15, "history": [entry for entry in state["history"] if entry["step"] <= 15]}
-    (tmp_path / "resume.json").write_text(json.dumps(state))
+    (out / "resume.json").write_text(json.dumps(state))
     assert len(state["history"]) > 2
-    before = {step: rows for step, rows in global_order(tmp_path, 2).items() if step < STEPS}
-    for process in start(folder, tmp_path, "sheared", 4):
-        assert process.wait(60) == 0
-    after = global_order(tmp_path, 4)
+    before = {step: rows for step, rows in global_order(out, 2).items() if step < STEPS}
+    assert start(folder, tmp_path, "sheared", 4).wait(60) == 0
+    after = global_order(out, 4)
     assert before == {step: whole[step] for step in before}
     assert after == {step: whole[step] for step in range(state["step"], STEPS)}

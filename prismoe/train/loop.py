@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prismoe.data.rules import Mixing
-from prismoe.errors import InterruptedRun
+from prismoe.errors import InterruptedRun, UsageError
 from prismoe.plan import Plan
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
@@ -69,6 +69,7 @@ def train(
         InterruptedRun: `stop` was requested; the state is saved.
         NumericalError: a loss, gradient or router gradient that cannot be; no weight was changed by that step.
         ResourceError: another process is gone, or there is no disk for a checkpoint.
+        UsageError: moved weights have used a domain up; the state is saved, and a larger `max_epochs` goes on.
     """
     with watch(model) as routers, unfolded(model, routers, unfolding(plan, model, routers, config.unfold_scale)):
         policy = attach_policy(config.router, routers, arguments=config.arguments, all_reduce=engine.sum_with_gradient)
@@ -128,7 +129,8 @@ class _Run:
             stopping = engine.any(bool(self.stop.signal_name))
             save = config.save_every and self.step % config.save_every == 0 and first < self.step < config.steps
             enough = bool(config.max_steps) and self.step - first >= config.max_steps and self.step < config.steps
-            if (save or stopping or enough) and self.step > 0:
+            used_up = self._used_up()
+            if (save or stopping or enough or used_up) and self.step > 0:
                 self._save()
             if stopping or enough:
                 by = "max_steps" if enough else self.stop.signal_name or "another rank"
@@ -139,6 +141,8 @@ class _Run:
                 )
             if self.step == config.steps or (config.patience and self.no_better >= config.patience):
                 break
+            if used_up:
+                raise used_up
             self.timing.begin()
             line = self.trainer.step(self.step)
             clock = self.timing.step(self.step + 1, line["tokens"])
@@ -165,6 +169,17 @@ class _Run:
         every = self.config.eval_every
         at = self.step in (0, self.config.steps) or bool(every and self.step % every == 0)
         return at or self.mixing.due(self.step + self.health.passed_over)
+
+    def _used_up(self) -> UsageError | None:
+        """What the mixture has against the next batch: moved weights, or text left out, use a domain up early."""
+        if self.step == self.config.steps:
+            return None
+        try:
+            self.mixing.mixture.check(self.step + self.health.passed_over + 1)
+        except UsageError as error:
+            hint = "the state is saved: the same command with a larger pretrain.max_epochs continues"
+            return UsageError(error.found, where=error.where, hint=hint)
+        return None
 
     def _evaluate(self) -> bool:
         """Held-out losses into the log and to the mixing rule; False when a stop was requested on the way."""
