@@ -1,19 +1,16 @@
 """Texts cut into words, many at a time: what rules, n-gram filters and duplicate search look at.
 
-Every text is split at white space; each distinct piece is taken apart once and remembered, so that the work for one
-more word is a look-up. Two readings of the same text:
+Two readings of the same text:
 
 - *pieces*, close to how spaCy's English rules cut (which datatrove's filters count by): punctuation marks and
-  contractions stand alone, numbers, abbreviations and addresses stay whole;
-- *keys*, the bare words: lower case, without punctuation and accents, every number the same.
-
-Languages that are written without spaces come out as very long words: none of what counts words serves them.
+  contractions stand alone, numbers, abbreviations and addresses stay whole. A text is split at white space, and each
+  distinct part is taken apart once and remembered, so that the work for one more word is a look-up;
+- *keys*, the bare words: see `keys.py`.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,13 +20,12 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["STOP_WORDS", "Batch", "Keys", "Pieces", "ngrams", "segments"]
+from prismoe.data.keys import Hashes, Keys, Longs, read_keys
+
+__all__ = ["STOP_WORDS", "Batch", "Hashes", "Keys", "Longs", "Pieces", "ngrams", "segments"]
 
 # Two of these must occur in English prose: Gopher, Rae et al. 2021 (arXiv:2112.11446), appendix A1.1.
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-
-Longs = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
 
 # Marks inside a word that do not cut it: those that spaCy's infixes leave alone.
 _INNER = (
@@ -52,8 +48,6 @@ _PIECE = re.compile(
     r"|[-./\\@^|~\u200b]{2,}"
     r"|\S"
 )
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
-_KEY = re.compile(r"[^\W_]+|\n")
 _LETTER, _WORDED = re.compile(r"[^\W\d_]"), re.compile(r"[^\W_]")
 _BLOCK = 1 << 20  # characters that are split at once: a list of words needs ten times their memory
 _MAX_KNOWN, _MAX_CHARACTERS = 300_000, 1 << 23  # distinct pieces, and characters of them, before all are forgotten
@@ -77,16 +71,8 @@ class Pieces:
     ends: Longs
 
 
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """Bare words of N texts: 64-bit `hashes` in order, `ends` [N] are running counts."""
-
-    hashes: Hashes
-    ends: Longs
-
-
 class Batch(Sequence[str]):
-    """Some texts that several filters look at: they are cut into words once."""
+    """Some texts that several filters look at: they are read once."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(texts)
@@ -106,16 +92,15 @@ class Batch(Sequence[str]):
         return len(self._texts)
 
     @cached_property
-    def _words(self) -> tuple[Pieces, Keys]:
-        return _read(self._texts)
-
-    @property
     def pieces(self) -> Pieces:
-        return self._words[0]
+        global _known
+        if _known.full:  # memory stays bounded; frequent words are soon back
+            _known = _Known()
+        return _known.read(self._texts)
 
-    @property
+    @cached_property
     def keys(self) -> Keys:
-        return self._words[1]
+        return read_keys(self._texts)
 
 
 class _Numbered(dict[str, int]):
@@ -135,22 +120,21 @@ class _Numbered(dict[str, int]):
 
 
 class _Known:
-    """Every distinct text between white space so far (a chunk), with the pieces and keys it is made of."""
+    """Every distinct text between white space so far (a chunk), with the pieces that it is made of."""
 
     def __init__(self) -> None:
-        self._chunks, self._pieces, self._words = _Numbered(), _Numbered(), _Numbered()
-        self._pieces["\n"] = self._words["\n"] = 0  # stands between chunks while new ones are taken apart
+        self._chunks, self._pieces = _Numbered(), _Numbered()
+        self._pieces["\n"] = 0  # stands between chunks while new ones are taken apart
         self._characters = 0
-        self._piece_rows, self._key_rows = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._piece_ends, self._key_ends = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._attributes = np.zeros((5, 1), np.int64)  # lengths, words, alphabetic, worded, stop words
+        self._rows, self._ends = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        self._attributes = np.zeros((4, 1), np.int64)  # lengths, alphabetic, worded, stop words
         self._hashes = np.zeros(1, np.uint64)
 
     @property
     def full(self) -> bool:
         return len(self._chunks) > _MAX_KNOWN or self._characters > _MAX_CHARACTERS
 
-    def read(self, texts: Sequence[str]) -> tuple[Pieces, Keys]:
+    def read(self, texts: Sequence[str]) -> Pieces:
         parts, ends = [], np.zeros(len(texts), np.int64)
         for number, text in enumerate(texts):
             for block in _blocks(text):
@@ -158,20 +142,17 @@ class _Known:
                 ends[number] += len(parts[-1])
         self._take_apart()
         chunks = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        ends = np.cumsum(ends)
-        places, piece_ends = _expand(chunks, ends, self._piece_ends)
-        rows = self._piece_rows[places]
-        lengths, words, alphabetic, worded, stop_words = self._attributes
-        pieces = Pieces(
+        places, ends = _expand(chunks, np.cumsum(ends), self._ends)
+        rows = self._rows[places]
+        lengths, alphabetic, worded, stop_words = self._attributes
+        return Pieces(
             lengths=lengths[rows],
-            hashes=self._hashes[words][rows],
+            hashes=self._hashes[rows],
             alphabetic=alphabetic.astype(bool)[rows],
             worded=worded.astype(bool)[rows],
             stop_words=stop_words.astype(np.uint8)[rows],
-            ends=piece_ends,
+            ends=ends,
         )
-        places, key_ends = _expand(chunks, ends, self._key_ends)
-        return pieces, Keys(self._hashes[self._key_rows[places]], key_ends)
 
     def _take_apart(self) -> None:
         """The new chunks, all at once: one text with a line for each."""
@@ -181,16 +162,12 @@ class _Known:
         self._chunks.new.clear()
         self._characters += len(text)
         rows, ends = _lines(self._pieces.of(_PIECE.findall(text)))
-        self._piece_ends = np.append(self._piece_ends, ends + len(self._piece_rows))
-        self._piece_rows = np.append(self._piece_rows, rows)
-        rows, ends = _lines(self._words.of(_KEY.findall(_NUMBER.sub("0", text.lower()))))
-        self._key_ends = np.append(self._key_ends, ends + len(self._key_rows))
-        self._key_rows = np.append(self._key_rows, rows)
+        self._ends = np.append(self._ends, ends + len(self._rows))
+        self._rows = np.append(self._rows, rows)
         new = self._pieces.new
         attributes = np.array(
             [
                 [len(piece) for piece in new],
-                self._words.of(new),
                 [_LETTER.search(piece) is not None for piece in new],
                 [_WORDED.search(piece) is not None for piece in new],
                 [1 << STOP_WORDS.index(piece) if piece in STOP_WORDS else 0 for piece in new],
@@ -198,20 +175,11 @@ class _Known:
             np.int64,
         )
         self._attributes = np.append(self._attributes, attributes, axis=1)
+        self._hashes = np.append(self._hashes, np.frombuffer(b"".join(map(_hash, new)), "<u8"))
         new.clear()
-        hashes = np.frombuffer(b"".join(map(_hash, self._words.new)), "<u8")
-        self._hashes = np.append(self._hashes, hashes)
-        self._words.new.clear()
 
 
 _known = _Known()
-
-
-def _read(texts: Sequence[str]) -> tuple[Pieces, Keys]:
-    global _known
-    if _known.full:  # memory stays bounded; frequent words are soon back
-        _known = _Known()
-    return _known.read(texts)
 
 
 def _lines(rows: Longs) -> tuple[Longs, Longs]:
@@ -238,10 +206,8 @@ def _blocks(text: str) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def _hash(word: str) -> bytes:
-    if not word.isascii():
-        word = "".join(mark for mark in unicodedata.normalize("NFD", word) if unicodedata.category(mark) != "Mn")
-    return blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _hash(piece: str) -> bytes:
+    return blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def ngrams(hashes: Hashes, ends: Longs, size: int) -> tuple[Hashes, Longs]:
