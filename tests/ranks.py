@@ -1,7 +1,8 @@
 """Several `pretrain` runs, one after the other, in each of N processes: what a launcher starts in the tests.
 
-`python -m tests.ranks JOBS.json`; a job is {"source", "out", "domains", "config", "plan"?, "pad_to"?, "stop_at"?}. A job that is
-told to stop sends its rank 1 a real SIGTERM after that step; one process importing torch serves all jobs.
+`python -m tests.ranks JOBS.json`; a job is {"source", "out", "domains", "config"} and may have "plan", "pad_to",
+"stop_at" (rank 1 gets a real SIGTERM after that step) or, for the last one, "die_at" (a SIGKILL; what the others say of
+it goes to `lost.txt`). One process importing torch serves all jobs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(jobs: Sequence[dict[str, Any]], folder: Path, *, world: int, timeout: float = 240) -> list[str]:
-    """Run `jobs` in `world` processes, as torchrun would start them; what each process printed to stderr.
+def launch(jobs: Sequence[dict[str, Any]], folder: Path, *, world: int, timeout: float = 240) -> None:
+    """Run `jobs` in `world` processes, as torchrun would start them.
 
     Raises:
         AssertionError: a process failed; with what it printed.
@@ -47,22 +48,23 @@ def launch(jobs: Sequence[dict[str, Any]], folder: Path, *, world: int, timeout:
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0] * world, "\n".join(printed)[-6000:]
-    return printed
+    dead = [-signal.SIGKILL if rank == 1 and "die_at" in jobs[-1] else 0 for rank in range(world)]
+    assert [child.returncode for child in children] == dead, "\n".join(printed)[-6000:]
 
 
 def main(path: str) -> None:
-    from prismoe.errors import InterruptedRun
+    from prismoe.errors import InterruptedRun, ResourceError
     from prismoe.plan import Plan
     from prismoe.train.pretrain import PretrainConfig, pretrain
 
     rank = int(os.environ["RANK"])
     for job in json.loads(Path(path).read_text()):
-        stop_at = job.get("stop_at")
+        stop_at, die_at = job.get("stop_at"), job.get("die_at")
+        signals = {stop_at: signal.SIGTERM, die_at: signal.SIGKILL}
 
-        def progress(what: str, done: int, total: int | None, stop_at: int | None = stop_at) -> None:
-            if rank == 1 and what.startswith("train step") and done == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+        def progress(what: str, done: int, total: int | None, at: dict[int, signal.Signals] = signals) -> None:
+            if rank == 1 and what.startswith("train step") and done in at:
+                os.kill(os.getpid(), at[done])
 
         plan = Plan.load(Path(job["plan"])) if "plan" in job else None
         config = PretrainConfig(**job["config"])
@@ -76,9 +78,13 @@ def main(path: str) -> None:
                 pad_to=job.get("pad_to", 32),
                 on_progress=progress,
             )
-            assert stop_at is None, "was not stopped"
+            assert (stop_at, die_at) == (None, None), "was not stopped"
         except InterruptedRun:
             assert stop_at is not None, "was stopped"
+        except ResourceError as error:
+            if die_at is None:
+                raise
+            (Path(job["out"]) / "lost.txt").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def two(ground):
         job(ground, "two-then-one", NOISY, stop_at=4),
         job(ground, "one-then-two", NOISY),
         job(ground, "online-2", NOISY, **online),
+        job(ground, "dies-2", {**SWITCH, "save_every": 2}, die_at=4),
     ]
     launch(jobs, ground, world=2)
     return ground
@@ -136,6 +137,17 @@ def test_stopped_and_continued_in_the_same_layout_is_bit_for_bit(two):
     for name in ("metrics.jsonl", "model/model.safetensors", "model/config.json"):
         assert stopped[name] == unstopped[name], name
     assert unstopped.keys() == stopped.keys()
+
+
+def test_a_rank_that_dies_is_told_with_step_and_phase_and_the_run_goes_on(two):
+    said = (two / "dies-2" / "lost.txt").read_text()
+    assert said.startswith("step 4, ")
+    assert "rank 0 lost the others" in said
+    (two / "dies-2" / "lost.txt").unlink()
+    domains = [two / "a", two / "b"]
+    trained = pretrain(two / "moe", PretrainConfig(**SWITCH, save_every=2), domains=domains, out=two / "dies-2")
+    assert trained.resumed_from == 2
+    assert_alike(two / "switch-1", two / "dies-2", rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one-then-two", "two-then-one"])

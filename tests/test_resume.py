@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prismoe.errors import InputError, InterruptedRun
+from prismoe.errors import InputError, InterruptedRun, ResourceError
 from prismoe.folder import Manifest
 from prismoe.train.metrics import MetricsLog, read_metrics
 from prismoe.train.pretrain import PretrainConfig, pretrain
@@ -212,3 +213,22 @@ def test_the_log_is_cut_to_the_checkpoint_and_never_padded(tmp_path):
     assert json.loads(path.read_bytes()) == {"event": "step", "step": 1}
     with pytest.raises(InputError, match=f"{position} bytes; needed at least {position + 1}"):
         MetricsLog(path, position=position + 1)
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(tmp_path, source, domains, unstopped):
+    """The kernel refuses files over 100 kB from step 6 on: the checkpoint of step 10 cannot be written."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def progress(what, done, total):
+        if what.startswith("train step") and done == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+
+    try:
+        with pytest.raises(ResourceError, match=r"cannot write: .*File too large") as caught:
+            pretrain(source, CONFIG, domains=domains, out=out, on_progress=progress)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.exit_code == 4
+    assert Manifest.read(out / "checkpoints" / "step-00000005") is not None
+    assert pretrain(source, CONFIG, domains=domains, out=out).resumed_from == 5
+    assert contents(out) == unstopped

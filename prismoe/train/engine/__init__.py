@@ -8,6 +8,7 @@ loop is the same for one process and for many. Sums are over all processes. Poli
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,9 @@ class Engine:
         backend = "nccl" if place.type == "cuda" else "gloo"
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        store = PrefixStore(f"prismoe/{next(_STARTED)}", _store(rank, world, timeout))
+        # torchrun keeps one store through restarts: processes must not read the addresses of those before them.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"prismoe/{attempt}/{next(_STARTED)}", _store(rank, world, timeout))
         try:
             distributed.init_process_group(
                 backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=2 * timeout)
@@ -206,7 +209,7 @@ def _device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-_STARTED = count()  # a second run of the same processes must not read the addresses of the first
+_STARTED = count()  # nor those of an earlier run of the same processes
 
 
 @cache
