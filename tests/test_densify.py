@@ -23,6 +23,9 @@ from tests.golden import compute, load
 from tests.tiny import tiny_dense
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+SOME = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+SMALL_COHERE = {"sliding_window": 8, "num_hidden_layers": 4}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.11, "logits_scaling": 1.7}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "mixtral": ("llama", {}, {"num_experts": 8}, "mixtral"),
     "padded": ("llama", {"intermediate_size": 172}, {"num_experts": 4}, "mixtral"),
@@ -33,6 +36,23 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "llama biases": ("llama", {"attention_bias": True}, {"num_experts": 4, "shared": 32}, "granitemoeshared"),
     "dense layers": ("qwen3", {}, {"num_experts": 4, "layers": "odd"}, "qwen3_moe"),
     "qwen3 window": ("qwen3", WINDOW, {"num_experts": 8}, "qwen3_moe"),
+    "granitemoe": ("granite", GRANITE, {"num_experts": 4}, "granitemoe"),
+    "hybrid": ("llama", {}, {"num_experts": 4, "shared": 32}, "granitemoehybrid"),
+    "hybrid biases": ("qwen2", {}, {"num_experts": 4}, "granitemoehybrid"),
+    "swa": ("llama", {"tie_word_embeddings": True}, {"num_experts": 4, "shared": 32}, "granitemoe_swa"),
+    "swa window": ("mistral", {"sliding_window": 8}, {"num_experts": 4}, "granitemoe_swa"),
+    "swa some windows": ("qwen2", SOME, {"num_experts": 4}, "granitemoe_swa"),
+    "qwen2_moe": ("qwen2", {"tie_word_embeddings": True}, {"num_experts": 4, "shared": 32}, "qwen2_moe"),
+    "qwen2_moe some windows": ("qwen2", SOME, {"num_experts": 4, "layers": "odd"}, "qwen2_moe"),
+    "qwen2_moe of llama": ("llama", {}, {"num_experts": 4}, "qwen2_moe"),
+    "qwen2_moe of mistral": ("mistral", {"sliding_window": 8}, {"num_experts": 4, "shared": 32}, "qwen2_moe"),
+    "glm4_moe": ("llama", {}, {"num_experts": 4, "shared": 32, "layers": "1-2"}, "glm4_moe"),
+    "glm4_moe of qwen2": ("qwen2", {}, {"num_experts": 4}, "glm4_moe"),
+    "glm4_moe of qwen3": ("qwen3", {}, {"num_experts": 4, "shared": 32}, "glm4_moe"),
+    "flex_olmo": ("olmo2", {}, {"num_experts": 4}, "flex_olmo"),
+    "ernie4_5_moe": ("ernie4_5", {}, {"num_experts": 4, "shared": 32, "layers": "1-2"}, "ernie4_5_moe"),
+    "cohere2_moe": ("cohere2", SMALL_COHERE, {"num_experts": 4, "shared": 32, "layers": "0,3"}, "cohere2_moe"),
+    "hunyuan_v1_moe": ("hunyuan_v1_dense", {}, {"num_experts": 4, "shared": 16}, "hunyuan_v1_moe"),
 }
 
 
@@ -205,7 +225,9 @@ def test_noise_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_mixture_of_ours_is_refused(tmp_path: Path) -> None:
     parent, moe = mixture(tmp_path, "mixtral")
-    with pytest.raises(InputError, match="model_type 'llama'; needed a mixture: granitemoeshared, mixtral, qwen3_moe"):
+    with pytest.raises(
+        InputError, match=r"model_type 'llama'; needed a mixture: cohere2_moe, .*, mixtral, qwen2_moe, qwen3_moe"
+    ):
         densify(parent, out=tmp_path / "dense")
     with pytest.raises(UsageError, match=r"scale: 4\.0 beside a plan"):
         densify(moe, out=tmp_path / "dense", scale=4.0)
@@ -224,6 +246,45 @@ def test_a_key_that_decides_the_arithmetic_must_be_there(tmp_path: Path) -> None
     (moe / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="rms_norm_eps: missing"):
         densify(moe, out=tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "found"),
+    [
+        ("glm4_moe", {"routed_scaling_factor": 2.5}, r"routed_scaling_factor: 2\.5; needed 1\.0"),
+        ("glm4_moe", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: 0\.5; needed 1\.0"),
+        ("cohere2_moe", {"shared_expert_combination_strategy": "average"}, "'average'; needed 'sum'"),
+        ("swa window", {"embedding_multiplier": 3.0}, "a sliding window beside Granite's factors"),
+        ("hybrid", {"position_embedding_type": "nope"}, "'nope'; needed 'rope'"),
+    ],
+)
+def test_what_no_dense_class_says_is_named(tmp_path: Path, case: str, change: dict[str, Any], found: str) -> None:
+    _, moe = mixture(tmp_path, case)
+    path = moe / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=found) as raised:
+        densify(moe, out=tmp_path / "dense")
+    assert "config.json" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_training_added_is_not_lost_in_silence(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    _, moe = mixture(tmp_path / "sinks", "swa")
+    state = load_file(moe / "model.safetensors")
+    state["model.layers.1.self_attn.sinks"] = np.zeros_like(state["model.layers.1.self_attn.sinks"])
+    save_file(state, moe / "model.safetensors")
+    with pytest.raises(InputError, match=r"unexpected tensor model\.layers\.1\.self_attn\.sinks"):
+        densify(moe, out=tmp_path / "dense")
+    _, moe = mixture(tmp_path / "gate", "qwen2_moe")
+    state = load_file(moe / "model.safetensors")
+    state["model.layers.1.mlp.shared_expert_gate.weight"][0, 3] = 0.2
+    save_file(state, moe / "model.safetensors")
+    made = densify(moe, out=tmp_path / "dense")
+    assert made.warnings == (
+        "the shared expert's gate was trained: its sigmoid is taken for the one half it started from",
+    )
 
 
 def test_a_missing_or_foreign_tensor_is_named(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ from prismoe.targets import find_target
 
 __all__ = ["Densified", "densify"]
 
+OPEN_SINK = -1e3
+"""A logit so far below all others takes no attention at all."""
+HALF = 1e-6
+"""Entries of a shared_expert_gate row below which its sigmoid is one half on any input."""
+
 
 @dataclass(frozen=True)
 class Densified:
@@ -260,8 +265,12 @@ def _check_left_over(output: Output, dense: DenseConfig, target: Target, *, moe_
     """Tensors that went nowhere are the routers and what the architecture adds; anything else changes the model."""
     extra = [target.router, *(constant.key for constant in target.constants)]
     known = {key.format(l=layer) for key in extra for layer in moe_layers}
-    zero = {f"model.layers.{layer}.self_attn.o_proj.bias" for layer in range(dense.num_layers)}
-    known |= zero if dense.qkv_bias and not dense.o_bias else set()
+    read = output.checkpoint.array
+    # A target that wants biases or a shared expert has zeros where the source had none; open sinks take nothing.
+    shared = {slot.key.format(l=layer) for slot in target.shared for layer in moe_layers}
+    biases = {name for name in output.dropped if ".self_attn." in name and name.endswith("_proj.bias")}
+    known |= {name for name in output.dropped if name in shared | biases and not read(name).any()}
+    known -= {name for name in output.dropped if name.endswith(".sinks") and (read(name) > OPEN_SINK).any()}
     unknown = [name for name in output.dropped if name not in known and not optional_tensor(dense, name)]
     if unknown:
         found = f"unexpected tensor {unknown[0]}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
@@ -287,6 +296,9 @@ def _receipt(
         warnings.append("no plan: the experts are summed as they are stored; scale=S takes a folded scale out")
     if plan is not None and dense.intermediate_size < plan.num_neurons:
         warnings.append(f"the plan holds {dense.intermediate_size} of the parent's {plan.num_neurons} neurons")
+    gates = (n for n in output.dropped if n.endswith(".shared_expert_gate.weight"))
+    if any(bool((abs(output.checkpoint.array(name)) > HALF).any()) for name in gates):
+        warnings.append("the shared expert's gate was trained: its sigmoid is taken for the one half it started from")
     stored = sum(layer.block.width(e) for layer in joined.values() for e in range(layer.block.num_blocks))
     return Densified(
         out=str(out),
