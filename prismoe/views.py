@@ -326,6 +326,9 @@ def _pretrain(screen: Screen, receipt: Receipt) -> None:
         facts["router policy"] = receipt["router"]
         facts["router gradient norm"] = f"{low:.2g} to {high:.2g}"
         facts["idle experts at the end"] = str(receipt["idle_experts"])
+    computed = receipt["runtime"]
+    on = [name for name in ("fast_matmul", "keep_memory") if computed[name]]
+    facts["runtime"] = ", ".join([*([f"experts {computed['experts']}"] if computed["experts"] else []), *on]) or "usual"
     if receipt["resumed_from"]:
         facts["resumed from step"] = str(receipt["resumed_from"])
     screen.pairs(facts)

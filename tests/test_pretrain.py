@@ -83,7 +83,7 @@ def by_hand(folder, config, domains, *, steps):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_training_is_the_plain_loop(tmp_path, domains, moe, family):
     source = moe if family == "mixtral" else tiny_dense(tmp_path / "dense")
-    config = PretrainConfig(**SHORT)
+    config = PretrainConfig(**SHORT, experts="grouped_mm")  # what the model by hand computes with
     trained = pretrain(source, config, domains=domains, out=tmp_path / "out")
     expected, losses = by_hand(source, config, domains, steps=4)
     lines = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if line["event"] == "step"]
@@ -92,6 +92,18 @@ def test_training_is_the_plain_loop(tmp_path, domains, moe, family):
     for name, tensor in expected.items():
         # AdamW moves every weight by about lr a step: a wrong sign, rate, decay group or clip would show at 1e-4.
         assert (found[name] - tensor).abs().max() < 2e-5, name
+
+
+def test_the_function_of_the_experts_changes_the_order_of_sums_only(tmp_path, domains, moe):
+    losses = {}
+    for experts in ("auto", "sorted", "eager", "grouped_mm"):
+        trained = pretrain(moe, PretrainConfig(**SHORT, experts=experts), domains=domains, out=tmp_path / experts)
+        used = "sorted" if experts == "auto" else experts
+        assert trained.runtime == {"experts": used, "fast_matmul": False, "keep_memory": False}
+        lines = read_metrics(tmp_path / experts / "metrics.jsonl")
+        losses[experts] = [line["loss"] for line in lines if line["event"] == "step"]
+        assert losses[experts] == pytest.approx(losses["auto"], rel=1e-5)
+    assert losses["sorted"] == losses["auto"]
 
 
 def test_micro_batches_and_bf16_change_the_arithmetic_only(tmp_path, domains):

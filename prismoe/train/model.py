@@ -22,6 +22,7 @@ from prismoe.errors import InputError, NumericalError, ResourceError
 from prismoe.folder import fsync_folder, write_atomic, write_json_atomic
 from prismoe.train.engine import Engine
 from prismoe.train.engine.placement import materialise, place
+from prismoe.train.experts import Experts, use_experts
 from prismoe.train.origin import Origin
 from prismoe.train.weights import Place, Reader, fill, held, places, stored
 
@@ -96,26 +97,36 @@ def _from_config(config: Mapping[str, Any], where: str) -> Any:
 
 
 def place_model(
-    origin: Origin, engine: Engine, *, seed: int | None = None, bf16: bool = False, recompute: bool = False
+    origin: Origin,
+    engine: Engine,
+    *,
+    seed: int | None = None,
+    bf16: bool = False,
+    recompute: bool = False,
+    experts: Experts = "auto",
 ) -> Any:
     """The model of `origin` in float32, this process holding its part: read from the folder, or drawn with `seed`.
 
-    With `recompute` it computes the activations of each layer a second time instead of keeping them.
+    With `recompute` it computes the activations of each layer a second time instead of keeping them; `experts` says
+    how those of a mixture compute (see `train.experts`).
 
     Drawn weights are drawn whole in every process, which is what makes them the same for any number of processes.
 
     Raises:
         InputError: a tensor is missing, left over, of the wrong shape or not finite, or the architecture is not stock.
+        UsageError: `experts` does not allow the sizes or the device.
     """
     where = str(origin.checkpoint.folder)
     if seed is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _from_config(origin.config, where)
+        use_experts(model, experts, device=engine.device)
         if recompute:
             _keep_no_activations(model)
         return place(model, engine, bf16=bf16)
     model = empty_model(origin.config, where=where)
+    use_experts(model, experts, device=engine.device)
     if recompute:
         _keep_no_activations(model)
     model = place(model, engine, bf16=bf16)

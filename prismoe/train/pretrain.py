@@ -47,7 +47,8 @@ class Trained:
     """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after.
 
     `mixture` is requested against achieved shares, `weight_history` what the mixing `rule` made of the weights and
-    `weights` what it recommends for another run. `skipped` steps changed no weight, and the run `went_back` to a
+    `weights` what it recommends for another run. `runtime` is by what function the experts computed, and what was set
+    in the process for speed. `skipped` steps changed no weight, and the run `went_back` to a
     checkpoint that often. `warnings` says what a person should look at: a balance loss that
     is off, experts without a token of held-out text. `resumed_from` counts the steps that an earlier command had done;
     `seconds` and `tokens_per_second` speak of this command and are None when nothing was left to do.
@@ -57,6 +58,7 @@ class Trained:
     steps: int
     tokens: int
     parameters: int
+    runtime: dict[str, Any]
     first_loss: float
     last_loss: float
     heldout_before: dict[str, float]
@@ -219,13 +221,15 @@ def _train(
     settings: dict[str, Any],
     on_progress: Progress,
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
-    from prismoe.train.device import matmul_kernel, num_threads
+    from prismoe.train.experts import experts_in_use
     from prismoe.train.loop import train
     from prismoe.train.model import place_model, save_model
+    from prismoe.train.runtime import runtime
     from prismoe.train.stopping import stop_on_signal
 
     # A signal that comes while the finished model is written is noted, and the writing goes on to its end.
-    with num_threads(config.threads), matmul_kernel(fast=config.fast_matmul), stop_on_signal() as stop:
+    tuned = runtime(threads=config.threads, fast_matmul=config.fast_matmul, keep_memory=config.keep_memory)
+    with tuned as found, stop_on_signal() as stop:
         engine.at("reading the weights")
         model = place_model(
             origin,
@@ -233,7 +237,9 @@ def _train(
             seed=config.seed if config.init == "random" else None,
             bf16=config.precision == "bf16",
             recompute=config.recompute,
+            experts=config.experts,
         )
+        computed = {"experts": experts_in_use(model), **found}
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":
             _check_room(out, config, engine.layout, num_parameters=num_parameters, vocab_size=model.config.vocab_size)
@@ -256,6 +262,7 @@ def _train(
         "steps": finished.steps,
         "tokens": sum(line["tokens"] for line in steps),
         "parameters": num_parameters,
+        "runtime": computed,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "heldout_before": {name: score["loss"] for name, score in evals[0]["heldout"].items()},

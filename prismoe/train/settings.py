@@ -14,7 +14,7 @@ __all__ = ["MAY_CHANGE", "PretrainConfig"]
 MAY_CHANGE = (
     *("save_every", "keep", "max_epochs", "threads", "timeout"),
     *("device", "replicate", "expert_parallel", "micro_batch_size", "recompute"),
-    *("max_steps", "processes", "hardware"),
+    *("max_steps", "processes", "hardware", "keep_memory"),
 )
 """Settings that may be others when a run goes on: when its state is saved, where and in what parts it is computed."""
 
@@ -37,8 +37,10 @@ class PretrainConfig:
     Learning rate: linear warm-up over `warmup_steps`, half-cosine to `min_lr_ratio` · `lr`. Weight decay spares
     norms and biases. `clip` is the largest global gradient norm. `precision` "bf16" computes matrix products in
     bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (on some AMD CPUs
-    twice as fast for large products, slower for small experts; lower precision on others): it is tried once against
-    float64 and refused when off by > 1e-5.
+    twice as fast; of lower precision on others): it is tried once against float64 and refused when off by > 1e-5.
+    `keep_memory` lets the process keep memory that it frees (glibc only; on a CPU a quarter to a half less time for
+    layers of some size). `prismoe doctor` tries both. `experts` says by what function those of a mixture compute, see
+    `train.experts`.
     `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own; of several
     policies, which work in their order, `arguments` has a mapping for each that needs one. `unfold_scale` takes the
     scale of the plan out of down_proj while training, if that is exact (auto), or refuses to train otherwise (true).
@@ -75,6 +77,8 @@ class PretrainConfig:
     recompute: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     fast_matmul: bool = False
+    keep_memory: bool = False
+    experts: Literal["auto", "sorted", "grouped_mm", "eager"] = "auto"
     router: str | tuple[str, ...] = "switch"
     arguments: dict[str, Any] = field(default_factory=dict)
     unfold_scale: Literal["auto"] | bool = "auto"
