@@ -284,8 +284,9 @@ def _forecast(screen: Screen, receipt: Receipt) -> None:
     keys = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes", "activation_bytes", "logit_bytes")
     of_a_device = ", ".join(f"{name} {bytes_text(receipt[key])}" for name, key in zip(parts, keys, strict=True))
     sent = ", ".join(f"{name.replace('_', '-')} {bytes_text(n)}" for name, n in receipt["sent_bytes"].items() if n)
+    copies = receipt["layout"]["replicate"]
     facts = {
-        "processes": f"{receipt['processes']} ({receipt['layout']['replicate']} copies of the training state)",
+        "processes": f"{receipt['processes']} ({copies} {'copy' if copies == 1 else 'copies'} of the training state)",
         "parameters": count_text(receipt["parameters"]),
         "FLOPs per token": count_text(receipt["flops_per_token"]),
         "memory of a device": f"{bytes_text(receipt['memory_bytes'])}: {of_a_device}",
@@ -294,7 +295,9 @@ def _forecast(screen: Screen, receipt: Receipt) -> None:
     }
     if receipt["tokens_per_second"]:
         assumed = f"if {receipt['assumed_mfu']:.0%} of the peak of {receipt['hardware']} is reached"
-        facts["speed"] = f"{count_text(receipt['tokens_per_second'])} tokens/s, {receipt['days']:.1f} days {assumed}"
+        facts["speed"] = (
+            f"{count_text(receipt['tokens_per_second'])} tokens/s, {seconds_text(86400 * receipt['days'])} {assumed}"
+        )
     if receipt["not_checked"]:
         facts["not there yet, not checked"] = ", ".join(receipt["not_checked"])
     screen.pairs(facts)

@@ -60,9 +60,9 @@ def two(ground):
     jobs = [
         job(ground, "switch-2", SWITCH),
         job(ground, "noisy-2", {**NOISY, "save_every": 2, "keep": 3}),
-        job(ground, "stopped-2", NOISY, stop_at=4),
+        job(ground, "stopped-2", {**NOISY, "max_steps": 3}, stop_at=99),  # saved right after an evaluation
         job(ground, "stopped-2", NOISY),
-        job(ground, "two-then-one", NOISY, stop_at=4),
+        job(ground, "two-then-one", NOISY, stop_at=3),  # saved in the midst of one
         job(ground, "one-then-two", NOISY),
         job(ground, "online-2", NOISY, **online),
         job(ground, "dies-2", {**SWITCH, "save_every": 2}, die_at=4),
@@ -156,7 +156,7 @@ def test_state_moves_between_one_and_two_processes(two, name):
         domains = [two / "a", two / "b"]
         copy = shutil.copytree(two / name, two / "two-then-one-here")
         trained = pretrain(two / "moe", PretrainConfig(**NOISY), domains=domains, out=copy)
-        assert trained.resumed_from == 4
+        assert trained.resumed_from == 3
         assert_alike(two / "noisy-1", copy, rel=1e-5)
     else:
         assert_alike(two / "noisy-1", two / name, rel=1e-5)

@@ -10,6 +10,7 @@ from prismoe.data.mixture import Mixture
 from prismoe.data.shards import heldout_windows
 from prismoe.progress import Progress
 from prismoe.train.engine import Engine
+from prismoe.train.engine.placement import gather_no_more
 from prismoe.train.routers import Router
 from prismoe.train.routing import LoadMeter
 from prismoe.train.scoring import Share, score_text
@@ -51,22 +52,25 @@ def heldout_losses(
         if engine.any(stop()):
             raise LeftEarly
 
-    for domain in mixture.domains:
-        name = domain.name
-        engine.at(f"held-out loss: {name}")
-        on_progress(f"held-out loss: {name}", len(heldout), len(mixture.names))
-        windows = heldout_windows(domain, seq_len=config.seq_len, max_tokens=config.eval_tokens)
-        size = config.micro_batch_size or config.batch_size // engine.world
-        with autocast():
-            found = score_text(
-                model,
-                domain,
-                windows,
-                batch_size=size,
-                where=f"held-out {name}",
-                after_batch=after_batch,
-                share=share,
-            )
-        heldout[name] = {"loss": found.loss, "standard_error": found.standard_error, "tokens": windows.num_tokens}
+    try:
+        for domain in mixture.domains:
+            name = domain.name
+            engine.at(f"held-out loss: {name}")
+            on_progress(f"held-out loss: {name}", len(heldout), len(mixture.names))
+            windows = heldout_windows(domain, seq_len=config.seq_len, max_tokens=config.eval_tokens)
+            size = config.micro_batch_size or config.batch_size // engine.world
+            with autocast():
+                found = score_text(
+                    model,
+                    domain,
+                    windows,
+                    batch_size=size,
+                    where=f"held-out {name}",
+                    after_batch=after_batch,
+                    share=share,
+                )
+            heldout[name] = {"loss": found.loss, "standard_error": found.standard_error, "tokens": windows.num_tokens}
+    finally:
+        gather_no_more(model)
     on_progress("held-out loss", len(heldout), len(heldout))
     return {"heldout": heldout, **meter.result()}

@@ -9,7 +9,7 @@ import torch
 from prismoe.errors import UsageError
 from prismoe.train.engine import Engine
 
-__all__ = ["materialise", "place"]
+__all__ = ["gather_no_more", "materialise", "place"]
 
 
 def place(model: Any, engine: Engine, *, bf16: bool = False) -> Any:
@@ -70,6 +70,16 @@ def _share_out_experts(model: Any, mesh: Any) -> list[Any]:
     alone = init_device_mesh(mesh.device_type, (mesh.size(), 1), mesh_dim_names=("others", "tensor"))["tensor"]
     apply_expert_parallelism(model, mesh["experts"], alone, plan, ep_implementation="all_to_all")
     return [model.get_submodule(name) for name in found]
+
+
+def gather_no_more(model: Any) -> None:
+    """Let go of the weights that a forward pass without a backward pass has left whole; nothing for a whole model.
+
+    Until then a module's parameters are not those that the optimizer knows.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def materialise(model: Any, device: torch.device) -> Any:
