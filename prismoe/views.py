@@ -294,10 +294,10 @@ def _forecast(screen: Screen, receipt: Receipt) -> None:
         "disk": f"{bytes_text(receipt['disk_bytes'])} (a checkpoint {bytes_text(receipt['checkpoint_bytes'])})",
     }
     if receipt["tokens_per_second"]:
+        days, rate = receipt["days"], count_text(receipt["tokens_per_second"])
+        lasts = f"{days:.1f} days" if days >= 1 else seconds_text(86400 * days)
         assumed = f"if {receipt['assumed_mfu']:.0%} of the peak of {receipt['hardware']} is reached"
-        facts["speed"] = (
-            f"{count_text(receipt['tokens_per_second'])} tokens/s, {seconds_text(86400 * receipt['days'])} {assumed}"
-        )
+        facts["speed"] = f"{rate} tokens/s, {lasts} {assumed}"
     if receipt["not_checked"]:
         facts["not there yet, not checked"] = ", ".join(receipt["not_checked"])
     screen.pairs(facts)
