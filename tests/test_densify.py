@@ -234,6 +234,8 @@ def test_what_is_no_mixture_of_ours_is_refused(tmp_path: Path) -> None:
     other = make_plan(tiny_dense(tmp_path / "other", num_hidden_layers=2), num_experts=8)
     with pytest.raises(InputError, match=r"a plan of 2 layers .* the plan is another model's"):
         densify(moe, plan=other, out=tmp_path / "dense")
+    with pytest.raises(InputError, match="another plan than the one it was cut by"):
+        densify(moe, plan=make_plan(parent, num_experts=8, seed=1), out=tmp_path / "dense")
     wide = make_plan(tiny_dense(tmp_path / "wide", intermediate_size=384), num_experts=8)
     with pytest.raises(InputError, match=r"experts of \[48\] neurons"):
         densify(moe, plan=wide, out=tmp_path / "dense")

@@ -142,6 +142,11 @@ class Checkpoint:
             digest.update(f"\n{path.name} {path.stat().st_size}".encode())
         return digest.hexdigest()
 
+    def is_source_of(self, fingerprint: str) -> bool:
+        """Whether `fingerprint` is this checkpoint's, or that of its config.json alone, of which plans can be made."""
+        bare = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        return fingerprint in (self.fingerprint, bare.hexdigest())
+
     def map(self, file: Path) -> mmap.mmap:
         """A shard as read-only memory; its pages belong to the page cache, not to us."""
         if file not in self._maps:

@@ -48,7 +48,6 @@ class Conversion:
     free_bytes: int
     memory_bytes: int
     seconds: float
-    plan_matches_source: bool
     portability: tuple[Portability, ...]
     files: dict[str, FileEntry]
 
@@ -120,7 +119,6 @@ def _receipt(job: Job, out: Path, written: Written, *, free: int, started: float
         free_bytes=free,
         memory_bytes=job.memory_bytes,
         seconds=round(time.monotonic() - started, 3),
-        plan_matches_source=job.plan.origin.source == job.checkpoint.fingerprint,
         portability=portability(
             job.checkpoint.family,
             absorbed(plan_shape(job.plan)) if job.settings["absorb"] else plan_shape(job.plan),

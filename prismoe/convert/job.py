@@ -36,6 +36,14 @@ def prepare(
     if pad_to < 1:
         raise UsageError(f"{pad_to}", where="convert.pad_to", needed="1 or more")
     table = find_target(target)
+    made_for = plan.origin.source  # empty in a plan that was made by hand
+    if made_for and not checkpoint.is_source_of(made_for):
+        raise InputError(
+            f"a plan made for another checkpoint ({made_for[:12]}…)",
+            where=str(checkpoint.folder),
+            needed=f"one made for {checkpoint.fingerprint[:12]}…",
+            hint="run prismoe plan on it",
+        )
     recipes = lower(checkpoint, plan, table, pad_to=pad_to, absorb=absorb)
     shape = absorbed(plan_shape(plan)) if absorb else plan_shape(plan)
     config = output_config(checkpoint, shape, table, pad_to=pad_to)

@@ -131,6 +131,9 @@ def densify(
         raise UsageError(found, where="scale", needed="a number above 0, where there is no plan")
     target = find_target(str(model_type))
     joined = _join(checkpoint, target, known, scale=1.0 if scale is None else scale)
+    own = checkpoint.folder / PLAN
+    if known is not None and plan is not None and own.is_file() and own.read_bytes() != known.to_bytes():
+        raise InputError("another plan than the one it was cut by", where=where, needed=PLAN, hint="leave plan= out")
     neurons = max(layer.num_neurons for layer in joined.values())
     dense, config = dense_counterpart(checkpoint, neurons=neurons, moe_layers=frozenset(joined))
     recipes = _recipes(checkpoint, dense, joined)
