@@ -75,7 +75,8 @@ def stock(model_type: str = "mixtral", *, num_experts: int = EXPERTS, top_k: int
 
 
 def moment(tokens: int, *, step: int = 3, first: int = 0, seed: int = 7) -> Moment:
-    return Moment(seed=seed, step=step, token_numbers_T=torch.arange(first, first + tokens), num_tokens=4 * tokens)
+    """One sequence of so many tokens."""
+    return Moment(seed=seed, step=step, token_numbers_T=torch.arange(first, first + tokens), seq_len=tokens)
 
 
 def reference_scores(logits: np.ndarray, rule: tuple[str, bool, float]) -> np.ndarray:

@@ -37,10 +37,10 @@ def outcome(name, rank, world):
     hidden_TD = torch.randn(TOKENS, HIDDEN, generator=generator)
     rows = slice(rank * TOKENS // world, (rank + 1) * TOKENS // world)
     with watch(stock()) as routers:
-        arguments = {"group_tokens": 12, "drop": "random"} if name == "capacity" else {}
+        arguments = {"drop": "random"} if name == "capacity" else {}
         all_reduce = Sum.apply if world > 1 else lambda tensor: tensor
         policy = attach_policy(name, routers, arguments=arguments_of(name, arguments), all_reduce=all_reduce)
-        policy.begin(Moment(0, 0, torch.arange(TOKENS)[rows], TOKENS))
+        policy.begin(Moment(0, 0, torch.arange(TOKENS)[rows], 12))
         outputs = [router.module(hidden_TD[rows]) for router in routers]
         loss = policy.loss()
         text = sum((output[1] * torch.arange(1.0, 3.0)).sum() for output in outputs) / TOKENS

@@ -132,7 +132,7 @@ class Trainer:
             inputs_BT, labels_BT = (torch.from_numpy(part).to(device) for part in (batch.input_ids, batch.labels))
             positions_BT = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)
             numbers_T = torch.arange(inputs_BT.numel(), device=device) + first_row * config.seq_len
-            self.policy.begin(Moment(config.seed, step, numbers_T, config.batch_size * config.seq_len))
+            self.policy.begin(Moment(config.seed, step, numbers_T, config.seq_len))
             engine.at("forward")
             with self.autocast():
                 logits_BTV = self.model(input_ids=inputs_BT, position_ids=positions_BT, use_cache=False).logits

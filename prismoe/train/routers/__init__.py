@@ -40,14 +40,20 @@ def identity(tensor: torch.Tensor) -> torch.Tensor:
 class Moment:
     """What a policy may know of the micro-batch that comes: enough to draw the same numbers under any sharding.
 
-    `token_numbers_T` is the number of each of its tokens in the step's global batch (int64, row by row), `num_tokens`
-    the count of tokens of the whole step, over all ranks and micro-batches.
+    `token_numbers_T` is the number of each of its tokens in the step's global batch (int64, row by row; they rise from
+    one micro-batch of a step to the next), `seq_len` the count of tokens of a row.
     """
 
     seed: int
     step: int
     token_numbers_T: torch.Tensor
-    num_tokens: int
+    seq_len: int
+
+    def continues(self, before: Moment | None) -> bool:
+        """Whether `before` was an earlier micro-batch of the same step, which may be taken again after a rollback."""
+        if before is None or before.step != self.step:
+            return False
+        return int(self.token_numbers_T[0]) > int(before.token_numbers_T[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +146,7 @@ class Policy:
         return torch.zeros((), device=self.routers[0].logits_TE.device if self.routers else None)
 
     def metrics(self) -> dict[str, float]:
-        """Numbers about the latest micro-batch for the log."""
+        """Numbers for the log, of the latest micro-batch or of the step. Every process has to ask."""
         return {}
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:

@@ -12,7 +12,7 @@ held-out losses are always those of the bare router. `fade` [a, b] takes the bia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -42,26 +42,28 @@ class BiasBalanced(Policy):
         self._rate = rate
         self._fade = fade
         self._share = 1.0
-        self._step = -1
+        self._moment: Moment | None = None
         self._rules = [weighting(router) for router in routers]
         self._bias: list[torch.Tensor] = []
         self._in_model = [rule.bias_E is not None for rule in self._rules]
         self._stock: list[torch.Tensor | None] = [None] * len(routers)
         self._load: list[torch.Tensor] = []
+        self._moved: list[torch.Tensor] = []  # assignments of this step that the bare router would give to others
         for layer, (router, rule) in enumerate(zip(routers, self._rules, strict=True)):
             device = router_weight(router).device
             self._bias.append(torch.zeros(router.num_experts, device=device) if rule.bias_E is None else rule.bias_E)
             self._load.append(torch.zeros(router.num_experts, device=device))
+            self._moved.append(torch.zeros((), device=device))
             if rule.bias_E is None:
                 router.changes.append(self._change(layer))
         if fade is not None and any(self._in_model):
             raise UsageError("fade", where="pretrain.router bias_balanced", needed="no fade: this model keeps the bias")
 
     def begin(self, moment: Moment) -> None:
-        if moment.step != self._step:  # the last step may have been left out, and its loads with it
-            self._step = moment.step
-            for load_E in self._load:
-                load_E.zero_()
+        if not moment.continues(self._moment):  # the last step may have been left out, and its loads with it
+            for counts in (*self._load, *self._moved):
+                counts.zero_()
+        self._moment = moment
         if self._fade is not None:
             first, last = self._fade
             self._share = min(1.0, max(0.0, (last - moment.step) / (last - first)))
@@ -72,27 +74,22 @@ class BiasBalanced(Policy):
         # Counted here and not in the forward pass, which may run twice (activation checkpointing).
         for layer, router in enumerate(self.routers):
             self._load[layer] += torch.bincount(router.chosen_TK.flatten(), minlength=router.num_experts)
+            stock_TK = self._stock[layer]
+            if stock_TK is not None:
+                self._moved[layer] += (router.chosen_TK[:, :, None] != stock_TK[:, None]).all(dim=2).sum()
         return super().loss()
 
     def metrics(self) -> dict[str, float]:
-        """`moved` over all processes, each of which has to ask, and the greatest bias."""
+        """`moved` of the step over all processes, and the greatest bias."""
         import torch
 
         if not self.routers:
             return {}
-        moved = total = 0
-        for router, stock in zip(self.routers, self._stock, strict=True):
-            total += router.chosen_TK.numel()
-            if stock is not None:
-                shape = (len(stock), router.num_experts)
-                was, now = (
-                    torch.zeros(shape, dtype=torch.bool, device=stock.device).scatter_(1, one, True)
-                    for one in (stock, router.chosen_TK)
-                )
-                moved += int((now & ~was).sum())
+        loads_LE, moved_L = torch.stack(self._load), torch.stack(self._moved)
+        moved, total = self._all_reduce(torch.stack([moved_L.sum(), loads_LE.sum()]).double())
         return {
-            "moved": moved / max(1, total),
-            "bias_max": max((float(b.abs().max()) for b in self._bias), default=0.0),
+            "moved": float(moved / total),
+            "bias_max": max(float(_whole(bias).abs().max()) for bias in self._bias),
         }
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -109,7 +106,8 @@ class BiasBalanced(Policy):
             return
         with torch.no_grad():
             for load_E, bias in zip(self._all_reduce(torch.stack(self._load)), self._bias, strict=True):
-                bias += self._rate * torch.sign(load_E.mean() - load_E).view_as(bias)
+                move = self._rate * torch.sign(load_E.mean() - load_E).view(bias.shape)
+                bias += _parted_like(bias, move)
 
     def _change(self, layer: int) -> Change:
         from prismoe.train.weighting import reroute
@@ -122,6 +120,23 @@ class BiasBalanced(Policy):
             return reroute(rule, routed, chosen_TK, routed.logits_TE)
 
         return change
+
+
+def _whole(bias: torch.Tensor) -> torch.Tensor:
+    """Ernie's bias is a parameter: over several processes each holds a part of it. Every one of them has to ask."""
+    whole: torch.Tensor = bias.full_tensor() if hasattr(bias, "full_tensor") else bias
+    return whole
+
+
+def _parted_like(bias: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What of `whole`, the same in all processes, goes with the part of `bias` that this one holds."""
+    if not hasattr(bias, "placements"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Any = bias
+    # Nobody has to be asked for it: no source rank.
+    return distribute_tensor(whole, part.device_mesh, part.placements, src_data_rank=None)
 
 
 def attach(

@@ -3,9 +3,10 @@
 Within a group of n tokens an expert takes at most ⌈factor · n · K / E⌉ assignments, as Megatron counts them (the paper
 of Llama 3's upcycling leaves out K). `drop` "position" keeps the first tokens of the group, "random" keeps those of the
 smallest hash of (seed, step, layer, token, expert). A dropped assignment gets weight 0: the token goes on through the
-residual connection and its other experts, whose weights stay as they are. Groups are `group_tokens` tokens with
-consecutive numbers (the same under any sharding), or with 0 the micro-batch of one process, as engines do it. Without
-this policy nothing is ever dropped. It has no loss: give it behind a policy that balances.
+residual connection and its other experts, whose weights stay as they are. It is still computed: on a stock model
+this is what a capacity does to learning, and none of the time that one saves. Groups are `group_tokens` tokens with
+consecutive numbers, with 0 one sequence: the same under any sharding and in micro-batches of any size. Without this
+policy nothing is ever dropped. It has no loss: give it behind a policy that balances.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Capacity(Policy):
         drop: Literal["position", "random"],
         group_tokens: int,
     ) -> None:
+        import torch
+
         super().__init__(routers)
         self._all_reduce = all_reduce
         self._factor = factor
@@ -69,29 +72,37 @@ class Capacity(Policy):
         self._group_tokens = group_tokens
         self._moment: Moment | None = None
         self._kept: list[torch.Tensor | None] = [None] * len(routers)
+        self._counts = torch.zeros(2, dtype=torch.float64)  # assignments of this step: dropped, and all
         for layer, router in enumerate(routers):
             router.changes.append(self._change(layer))
 
     def begin(self, moment: Moment) -> None:
-        size = self._group_tokens
-        if size and (len(moment.token_numbers_T) % size or int(moment.token_numbers_T[0]) % size):
+        size = self._group_tokens or moment.seq_len
+        if len(moment.token_numbers_T) % size or int(moment.token_numbers_T[0]) % size:
             raise UsageError(
                 f"groups of {size} tokens do not fill a micro-batch of {len(moment.token_numbers_T)}",
                 where="pretrain.group_tokens",
                 needed="a divisor of seq_len",
             )
+        if not moment.continues(self._moment):
+            self._counts.zero_()
         self._moment = moment
 
-    def metrics(self) -> dict[str, float]:
-        """`dropped`: share of the assignments, over all layers and processes, each of which has to ask."""
+    def loss(self) -> torch.Tensor:
         import torch
 
-        kept = [part for part in self._kept if part is not None]
-        if not kept:
+        # Counted here and not in the forward pass, which may run twice (activation checkpointing).
+        kept = [kept_TK for kept_TK in self._kept if kept_TK is not None]
+        if kept:
+            self._counts[0] += int(torch.stack([(~kept_TK).sum() for kept_TK in kept]).sum())
+            self._counts[1] += sum(kept_TK.numel() for kept_TK in kept)
+        return super().loss()
+
+    def metrics(self) -> dict[str, float]:
+        """`dropped`: share of the step's assignments, over all layers and processes."""
+        if not self.routers:
             return {}
-        counts = torch.tensor([0.0, sum(part.numel() for part in kept)], device=kept[0].device)
-        counts[0] = torch.stack([(~part).sum() for part in kept]).sum()
-        lost, total = self._all_reduce(counts)
+        lost, total = self._all_reduce(self._counts.to(self.routers[0].logits_TE.device))
         return {"dropped": float(lost / total)}
 
     def _change(self, layer: int) -> Change:
@@ -105,14 +116,14 @@ class Capacity(Policy):
             moment = self._moment
             assert moment is not None, "begin comes before the forward pass"
             numbers_T = moment.token_numbers_T.to(hidden_TD.device)
-            size = self._group_tokens or len(numbers_T)
+            size = self._group_tokens or moment.seq_len
             priority_TK = None
             if self._random:
                 bits_TE = uniform_bits(moment.seed, moment.step, layer, numbers_T, router.num_experts)
                 priority_TK = bits_TE.gather(1, routed.chosen_TK)
             kept_TK = within_capacity(
                 routed.chosen_TK,
-                group_T=torch.div(numbers_T, size, rounding_mode="floor") if self._group_tokens else 0 * numbers_T,
+                group_T=torch.div(numbers_T, size, rounding_mode="floor"),
                 num_experts=router.num_experts,
                 capacity=math.ceil(self._factor * size * router.top_k / router.num_experts),
                 priority_TK=priority_TK,
