@@ -19,6 +19,7 @@ from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, UsageError
 from prismoe.evaluate import evaluate
 from prismoe.reference import find_domains, reference_loss
+from prismoe.train.documents import check_apart
 from prismoe.train.metrics import read_metrics
 from prismoe.train.pretrain import PretrainConfig, pretrain
 from tests.test_resume import SignalAt, contents
@@ -222,3 +223,38 @@ def test_attention_within_documents_trains(tmp_path, source, data) -> None:
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100)
     assert found["document"] == pytest.approx(float(expected), abs=2e-6)
     assert abs(found["sequence"] - found["document"]) > 1e-4
+
+
+RECURRENT = {
+    **{"mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_expand": 2},
+    **{"shared_intermediate_size": 32, "position_embedding_type": "rope", "time_step_limit": [0.0, 1e9]},
+}
+
+
+@pytest.mark.parametrize("layers", [["mamba", "attention"], ["attention", "attention"]])
+def test_a_class_that_does_not_keep_documents_apart_is_refused(tmp_path, data, layers) -> None:
+    """It is measured: this class lets documents mix with and without a recurrent layer."""
+    source = tiny_moe(tmp_path / "model", "granitemoehybrid", layer_types=layers, **RECURRENT)
+    common = {"steps": 1, "seq_len": 32, "batch_size": 2, "warmup_steps": 0, "threads": 1, "max_epochs": 50.0}
+    with pytest.raises(UsageError) as caught:
+        pretrain(source, PretrainConfig(**common, attend="document"), domains=find_domains(data), out=tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith("pretrain.attend: document, but in GraniteMoeHybridForCausalLM one document moves the")
+    assert message.endswith("(hint: pretrain.attend=sequence)")
+    assert "\n" not in message
+    assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "qwen3_moe"])
+def test_classes_that_keep_documents_apart_pass(tmp_path, kind) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe(tmp_path / "model", kind), dtype=torch.float32).train()
+    check_apart(model, seq_len=32)
+    assert model.training
+    for layer in model.model.layers:  # without positions that begin anew it attends to everything
+        layer.self_attn.register_forward_pre_hook(_attend_to_all, with_kwargs=True)
+    with pytest.raises(UsageError, match="moves the logits of the next"):
+        check_apart(model, seq_len=32)
+
+
+def _attend_to_all(module, arguments, keywords):
+    return arguments, {**keywords, "attention_mask": None}

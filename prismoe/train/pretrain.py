@@ -221,6 +221,7 @@ def _train(
     settings: dict[str, Any],
     on_progress: Progress,
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
+    from prismoe.train.documents import check_apart
     from prismoe.train.experts import experts_in_use
     from prismoe.train.loop import train
     from prismoe.train.model import place_model, save_model
@@ -240,6 +241,8 @@ def _train(
             experts=config.experts,
         )
         computed = {"experts": experts_in_use(model), **found}
+        if config.attend == "document":
+            check_apart(model, seq_len=config.seq_len, bf16=config.precision == "bf16")
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":
             _check_room(out, config, engine.layout, num_parameters=num_parameters, vocab_size=model.config.vocab_size)
