@@ -130,6 +130,16 @@ class Work:
                 target=convert.target if "convert.target" in self.config.places else None,
             )
 
+    def width_warnings(self, shape: PlanShape, target: str) -> list[str]:
+        """What the expert width costs in the engines that were named."""
+        from prismoe.portability import width_warnings
+        from prismoe.target import absorbed
+
+        convert = self.config.convert
+        engines = [name.strip() for name in (convert.engines or "").split(",")]
+        stored = absorbed(shape) if convert.absorb else shape
+        return list(width_warnings(stored, target, engines=engines, pad_to=convert.pad_to))
+
     def domains(self) -> list[Path]:
         return [self.folder("data") / name for name in self.config.need("data").domains]
 
@@ -154,7 +164,7 @@ def _plan(work: Work) -> dict[str, Any]:
         plan.save(work.out / PLAN)
     origin = asdict(plan.origin)
     named = {**origin, **branch_facts(plan), "source_name": str(work.config.source), "shape": asdict(shape)}
-    warnings = [*alike_branches(plan), *strength_warnings(plan)]
+    warnings = [*alike_branches(plan), *strength_warnings(plan), *work.width_warnings(shape, target)]
     return {**named, "account": counted, "portability": engines, "warnings": warnings}
 
 
@@ -162,9 +172,10 @@ def _convert(work: Work) -> dict[str, Any]:
     from prismoe.convert import convert
     from prismoe.plan import plan_shape
 
-    options = asdict(work.config.convert) | {"target": work.target(plan_shape(work.plan))}
+    shape = plan_shape(work.plan)
+    options = asdict(work.config.convert) | {"target": work.target(shape)}
     del options["engines"]
-    return convert(
+    receipt = convert(
         work.checkpoint,
         work.plan,
         out=work.folder("moe"),
@@ -173,7 +184,8 @@ def _convert(work: Work) -> dict[str, Any]:
         dry_run=work.dry_run,
         on_progress=work.on_progress,
         **options,
-    ).to_dict()
+    )
+    return {**receipt.to_dict(), "warnings": work.width_warnings(shape, receipt.target)}
 
 
 def _verify(work: Work) -> dict[str, Any]:
@@ -283,7 +295,11 @@ STAGES: dict[str, Stage] = {
         _pretrain,
         "train/manifest.json",
         ("convert", "prepare"),
-        lambda c: {"seed": c.seed, "weights": c.need("data").weights, "pretrain": _keys(c.need("pretrain"))},
+        lambda c: {
+            "seed": c.seed,
+            "weights": c.need("data").weights,
+            "pretrain": {**_keys(c.need("pretrain")), **_reference(c)},
+        },
         needs=("pretrain", "data"),
     ),
     "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs=("data",)),
@@ -309,6 +325,16 @@ def _calibration(config: Config) -> dict[str, str]:
     folder = config.plan.calibration
     path = Path(folder) / MANIFEST if folder is not None else None
     return {"calibration": sha256_file(path)} if path is not None and path.is_file() else {}
+
+
+def _reference(config: Config) -> dict[str, dict[str, str]]:
+    """The reference losses by what their file holds, not by where it lies; numbers in a config are what they are."""
+    from prismoe.folder import sha256_file
+
+    given, static = config.need("pretrain").reference, config.need("pretrain").mixing == "static"
+    if static or not isinstance(given, str) or not Path(given).is_file():
+        return {}
+    return {"reference": {"sha256": sha256_file(Path(given))}}
 
 
 def _branch_states(config: Config) -> dict[str, list[str]]:
