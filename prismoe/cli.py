@@ -88,7 +88,7 @@ options:
   --force      make again what was made with other settings
   --offline    open no socket
   --for A,B    choose a target that is right in these engines (`convert.engines`): transformers5, transformers4,
-               vllm, sglang, gguf, mlx
+               vllm, sglang, gguf, mlx; widths: convert.pad_to=256 for K-quants of gguf, 128 x ranks for block FP8
   --compare A B  with plan: how far two plan files agree
   --part I/N   with prepare: only the I-th of N shares of the work, then once without it; a Slurm array of 64:
                sbatch --array=1-64 --wrap 'prismoe prepare CONFIG.yaml --part $SLURM_ARRAY_TASK_ID/64'

@@ -15,11 +15,14 @@ from prismoe.plan import PlanShape
 from prismoe.registry import suggestion
 from prismoe.targets import all_targets
 
-__all__ = ["ENGINES", "Portability", "choose_target", "portability"]
+__all__ = ["ENGINES", "Portability", "choose_target", "portability", "width_warnings"]
 
 ENGINES = ("transformers5", "transformers4", "vllm", "sglang", "gguf", "mlx")
 """gguf is llama.cpp and what is built on it."""
 
+
+K_BLOCK = 256
+"""Numbers of a row that a K-quant of llama.cpp stores together."""
 
 EVIDENCE = {
     "transformers5": "tested with every release",
@@ -315,6 +318,20 @@ def choose_target(dense: DenseConfig, shape: PlanShape, *, engines: Sequence[str
         where="convert.engines",
         needed="a target that is right in " + ", ".join(engines),
         hint=hint,
+    )
+
+
+def width_warnings(shape: PlanShape, target: str, *, engines: Sequence[str], pad_to: int) -> tuple[str, ...]:
+    """What the stored width of an expert costs in `engines`, though the model is right there: K-quants of llama.cpp
+    store rows in blocks of 256, and a down matrix whose rows are no whole blocks falls back to a quantisation of 32.
+    """
+    width, shared_width = all_targets()[target].widths(shape, pad_to=pad_to)
+    odd = sorted({part for part in (width, shared_width) if part % K_BLOCK})
+    if "gguf" not in engines or not odd:
+        return ()
+    return (
+        f"experts stored {' and '.join(map(str, odd))} wide: K-quants of llama.cpp come in blocks of {K_BLOCK}, "
+        f"so down matrices will fall back to blocks of 32 (convert.pad_to={K_BLOCK}: zero neurons change nothing)",
     )
 
 

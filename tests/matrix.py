@@ -30,6 +30,19 @@ greedy tokens equal. "shared" is a partition with an always-on expert, "copies" 
 needs; "not tested" is a pair that would be written and that no test covers.
 """
 
+WIDTHS = """\
+## Widths
+
+An expert is stored as wide as the next multiple of `convert.pad_to`; the neurons added are zero, so the model computes
+the same (a test converts one plan at 32 and at 256).
+
+| `convert.pad_to` | for |
+|---|---|
+| 32, the default | stock transformers on a CPU (8 in 16 bit), llama.cpp's Q8_0 |
+| 256 | llama.cpp's K-quants (Q4_K_M, …): other widths fall back to blocks of 32; `--for gguf` warns |
+| 128 × tensor-parallel ranks | block-wise FP8 in vLLM and SGLang, whose blocks of 128 are split over the ranks |
+"""
+
 
 def model(source: str) -> DenseConfig:
     """What a source's config.json says, read without making its weights."""
@@ -53,7 +66,7 @@ def _kind(name: str) -> str:
 
 def page() -> str:
     """The whole of docs/targets.md."""
-    return "\n".join([HEAD, *_sources(), "", *_engines(), "", *_refused(), ""])
+    return "\n".join([HEAD, *_sources(), "", *_engines(), "", WIDTHS, *_refused(), ""])
 
 
 def _sources() -> list[str]:

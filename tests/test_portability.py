@@ -12,7 +12,7 @@ from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.cli import main
 from prismoe.errors import UsageError
 from prismoe.plan import PlanShape
-from prismoe.portability import ENGINES, PREFERRED, RUNS, TRAPS, choose_target, portability
+from prismoe.portability import ENGINES, PREFERRED, RUNS, TRAPS, choose_target, portability, width_warnings
 from prismoe.targets import all_targets
 from tests import golden, matrix
 from tests.runs import finished
@@ -157,6 +157,26 @@ def test_for_chooses_and_the_receipt_says_what_runs_where(capsys: pytest.Capture
     out = " ".join(capsys.readouterr().out.split())
     assert "mixtral in other engines" in out
     assert "note: the 32 shared neurons stand in every expert: computed 2 times for a token and stored 4 times" in out
+
+
+def test_for_gguf_warns_of_widths_that_k_quants_do_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", str(finished()[0] / "dense"), "plan.num_experts=4", "--json"]
+    warned = {}
+    for name, more in {
+        "gguf": ["--for", "gguf"],
+        "gguf 256": ["--for", "vllm,gguf", "convert.pad_to=256"],
+        "vllm": ["--for", "vllm"],
+        "nobody": [],
+    }.items():
+        assert main([*plan, *more]) == 0
+        found = json.loads(capsys.readouterr().out)["warnings"]
+        warned[name] = [line for line in found if "K-quants" in line]
+    assert warned == {"gguf": [warned["gguf"][0]], "gguf 256": [], "vllm": [], "nobody": []}
+    assert warned["gguf"][0].startswith("experts stored 32 wide: ")
+    assert "convert.pad_to=256" in warned["gguf"][0]
+    wide = replace(SHAPE, expert_width=512, shared_width=40)
+    assert width_warnings(wide, "granitemoeshared", engines=["gguf"], pad_to=32)[0].startswith("experts stored 64 wide")
+    assert width_warnings(wide, "granitemoeshared", engines=["gguf"], pad_to=256) == ()
 
 
 def test_the_page_of_targets_is_current() -> None:

@@ -309,6 +309,29 @@ def test_absorbed_neurons_stand_behind_those_of_every_expert(tmp_path: Path) -> 
         lower(checkpoint, changed, find_target("mixtral"), absorb=True)
 
 
+@pytest.mark.parametrize(("target", "pad_to"), [("mixtral", 256), ("granitemoeshared", 256), ("glm4_moe", 384)])
+def test_wider_padding_computes_the_same(tmp_path: Path, target: str, pad_to: int) -> None:
+    """256 for K-quants, 128 for each of 3 ranks: zeros end every expert, and the logits are those of 32."""
+    dense = tiny_dense(tmp_path / "dense")
+    plan = make_plan(dense, num_experts=4, shared=0 if target == "mixtral" else 32, router_std=0.3)
+    logits = {}
+    for width in (32, pad_to):
+        convert(dense, plan, target=target, out=tmp_path / str(width), pad_to=width)
+        model, misfits = golden.load(tmp_path / str(width))
+        assert not any(misfits.values())
+        logits[width] = golden.compute(model)
+    assert np.abs(logits[32][0] - logits[pad_to][0]).max() <= 2e-5
+    assert np.array_equal(logits[32][1], logits[pad_to][1])
+    made = {width: Checkpoint.open(tmp_path / str(width)) for width in logits}
+    for slot in find_target(target).experts:
+        if slot.parts == ("down",):
+            key = slot.key.format(l=1, e=2)
+            narrow, wide = (made[width].array(key) for width in logits)
+            assert wide.shape[-1] == pad_to
+            assert np.array_equal(wide[..., : narrow.shape[-1]], narrow)
+            assert not wide[..., narrow.shape[-1] :].any()
+
+
 @pytest.mark.parametrize(
     ("width", "pad_to", "wanted"), [(43, 32, 64), (64, 32, 64), (1, 8, 8), (0, 32, 0), (12, 1, 12)]
 )

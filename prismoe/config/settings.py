@@ -43,6 +43,8 @@ class PlanConfig:
 class ConvertConfig:
     """How the plan is written: the architecture, zero neurons up to a multiple of `pad_to`, bytes per shard.
 
+    `pad_to` 32 is what stock kernels and Q8_0 need, 256 what K-quants of llama.cpp do, 128 x the tensor-parallel ranks
+    what block-wise FP8 of vLLM and SGLang does: zero neurons change nothing.
     `absorb` appends the shared neurons to every expert, for targets that have no shared one. `engines` ("vllm,gguf",
     also `--for`) has a target chosen that is right in all of them, or `target` refused where it was set and is not.
     """
