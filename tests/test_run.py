@@ -11,6 +11,7 @@ import yaml
 
 from prismoe.config import load_config
 from prismoe.errors import InputError, ResourceError, UsageError
+from prismoe.reference import find_domains, reference_loss
 from prismoe.run import Done, run
 from prismoe.state import read_state
 from tests.runs import config, copy_of, finished, workplace
@@ -83,6 +84,23 @@ def test_another_setting_is_refused_and_says_which(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"pretrain is finished with other settings \(pretrain\.steps was 6, is 8\)"):
         run(config("pretrain.steps=8", out=out))
     assert hashes(out) == before
+
+
+def test_a_reference_is_what_its_file_holds(tmp_path: Path) -> None:
+    """Other losses in the same file are another run; the same losses in another file are not."""
+    out, file = copy_of(tmp_path), tmp_path / "reference.json"
+    reference_loss(out / "moe", find_domains(out), out=file, seq_len=16, max_tokens=200)
+    moving = ["pretrain.mixing=sheared", "pretrain.mixing_every_tokens=128"]
+    under = config(*moving, f"pretrain.reference={file}", out=out)
+    assert run(under, stages=("pretrain",), force=True).stages[0].state == "made"
+    moved = file.rename(tmp_path / "moved.json")
+    elsewhere = config(*moving, f"pretrain.reference={moved}", out=out)
+    assert run(elsewhere, stages=("pretrain",)).stages[0].state == "kept"
+    found = json.loads(moved.read_text())
+    found["losses"]["code"]["loss"] += 0.5
+    moved.write_text(json.dumps(found))
+    with pytest.raises(UsageError, match=r"pretrain is finished with other settings \(pretrain\.reference was"):
+        run(elsewhere, stages=("pretrain",))
 
 
 def test_force_makes_again_only_what_changed(tmp_path: Path) -> None:
