@@ -43,6 +43,7 @@ def _powers(base: int) -> Hashes:
     return np.multiply.accumulate(found)
 
 
+_ASCII = bytes(range(0x80))
 _FOLDED = bytes(map(_fold, range(256)))
 _POWERS, _INVERSES = _powers(_BASE), _powers(pow(_BASE, -1, 1 << 64))
 
@@ -75,8 +76,10 @@ def read_keys(texts: Sequence[str]) -> Keys:
 
 
 def _bytes(text: str) -> bytes:
-    if text.isascii():
-        return text.encode()
+    found = text.encode("utf-8", "surrogatepass")
+    rest = found.translate(None, _ASCII)
+    if rest.count(b"\xe2\x80") * 3 + rest.count(b"\xc2\xa0") * 2 == len(rest):  # quotes, dashes and hard spaces
+        return found
     found = unicodedata.normalize("NFKD", text).lower().encode("utf-8", "surrogatepass")
     return _MARKS.sub(b"", found) if b"\xcc" in found or b"\xcd" in found else found
 

@@ -27,24 +27,37 @@ __all__ = ["STOP_WORDS", "Batch", "Hashes", "Keys", "Longs", "Pieces", "ngrams",
 # Two of these must occur in English prose: Gopher, Rae et al. 2021 (arXiv:2112.11446), appendix A1.1.
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-# Marks inside a word that do not cut it: those that spaCy's infixes leave alone.
+_WORD = r"[^\W_](?:\w*[^\W_])?"
+# Marks inside a word that do not cut it. spaCy's infixes cut at ellipses, at a full stop before a capital, at dashes
+# and the like between letters, and at operators between digits.
 _INNER = (
-    r"(?!['’](?:[sdmSDM]|re|ve|ll|RE|VE|LL)\b)"
-    r"(?:[^\w\s,:<>=/.…–—-]+|\.(?=[a-z0-9])|(?<=[A-Z])\.(?=[A-Z])|(?!--|\.\.)[^\w\s…–—]{2,}|[:/=](?=\d)"
-    r"|(?<=\d),-?(?=\w)|(?<=[^\W\d])-(?=\d)|(?<=\d)[–](?=\w))"
+    r"(?:(?!['’](?:[sdmSDM]|re|ve|ll|RE|VE|LL)\b)(?:[^\w\s,:<>=/.…–—~+*^-]|_|[,:<>=/–—~](?![^\W\d_])|-(?![\w-])"
+    r"|(?<=[^\W\d_])-(?=\d)|(?<!\w)(?:[:<>=/–—~]|(?<!-)-(?!-))|(?<![^\W\d_]),|(?<!\d)[+*^]|[+*^](?![\d-])"
+    r"|(?<![a-z.])\.(?!\.)|(?<!\.)\.(?![A-Z.\"'“”’])))+"
 )
+# Marks after a word that stay with it.
+_AFTER = (
+    r"(?:(?<=[a-z0-9][A-Z])\.(?!\w)"
+    r"|(?:[/\\~@|^=]|(?<!-)-(?!-)|(?<=[^\W\d_])[+%]+|(?<!\d)\$|[)\]}]*\$\.|[)\]}]+\$)+(?!\w))?"
+)
+_FACES = r"[:;=]['o-]?[()\[\]{}|/\\>]+(?![\w/])|[)\]}]:|\(;|''"
 _PIECE = re.compile(
     r"\n"
     r"|(?:https?://|www\.)[^\s\"<>]*[\w/]"
     r"|(?<!\S)[:;]-?[()DP|/](?!\S)"
+    r"|(?:gon(?=na\b)|got(?=ta\b))"
     r"|\w+?(?=n['’]t\b)|n['’]t\b"
-    r"|['’](?:[sdmSDM]|re|ve|ll|RE|VE|LL)\b"
+    r"|['’](?:[sdmSDM]|re|ve|ll|RE|VE|LL|em|cause|Cause|til|cos|bout)\b"
+    r"|(?:goin|doin|nothin|somethin|lovin|havin|ol)['’](?!\w)"
     r"|(?:[A-Za-z]\.)+(?![\w])"
-    r"|(?:Mrs?|Ms|Dr|St|Jr|Inc|Ltd|Co|Corp|Prof|Rev|Gen|Gov|Rep|Sen|Bros|vs"
+    r"|(?:Mrs?|Ms|Dr|St|Jr|Inc|Ltd|Co|Corp|Prof|Rev|Gen|Gov|Rep|Sen|Bros|Adm|Mt|vs|Ph\.D"
+    r"|Ala|Ariz|Ark|Calif|Colo|Conn|Del|Fla|Ga|Ill|Ind|Kan|Ky|La|Mass|Mich|Minn|Miss|Mo|Mont|Neb|Nev|Okla|Ore|Pa|Tenn"
+    r"|Va|Wash|Wis"
     r"|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.(?!\w)"
     r"|can(?=not\b)|Can(?=not\b)|and/or"
-    r"|\d+(?:[.,]\d+)*(?=(?:[kcm]?m|ha|ft|k?g|lb|oz|mph|[mkgt]b|[MKGT]B?)\b)"
-    rf"|(?:(?<![\w.)\]])[-./\\@^|~+]+)?\w+(?:{_INNER}\w+)*(?:[/\\~@|^=$]+(?!\w))?"
+    r"|\d+(?:[.,]\d+)*(?=(?:[kcm]?m|ha|ft|k?g|lb|oz|mph|[mkgt]b|[MKGT]B?|[ap]m)\b)"
+    rf"|(?:(?<!\S)[-/\\@^|~・][-./\\@^|~\[({{\"“‘_]*|(?<![\w.)\]])[-./\\@^|~+]+)?{_WORD}(?:{_INNER}{_WORD})*{_AFTER}"
+    rf"|{_FACES}"
     r"|[-./\\@^|~\u200b]{2,}"
     r"|\S"
 )

@@ -47,7 +47,7 @@ _PARAGRAPH, _LINE = re.compile(r"\n{2,}"), re.compile(r"\n+")
 
 
 def fingerprint(arguments: Mapping[str, Any]) -> str:
-    return "gopher 1"
+    return "gopher 2"
 
 
 def open_scorer() -> _Gopher:

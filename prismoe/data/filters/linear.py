@@ -3,8 +3,8 @@
 `train_filter` makes one of texts to keep and texts to drop. Without a model the filter makes its own of
 advertisements: see `label_advertisements`.
 
-Own code and not scikit-learn's hashing vectoriser, which cuts texts up in Python for itself (some 2 MB/s): here words
-are cut once for all filters, and the whole is two look-ups a word.
+Own code and not scikit-learn's hashing vectoriser, which cuts texts up word by word (some 2 MB/s): here the whole is
+two look-ups a word, and words are those that the search for copies has, too.
 """
 
 from __future__ import annotations
