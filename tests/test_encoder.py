@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from prismoe.data import encoder
+from prismoe.data.bytelevel import ByteLevel
 from prismoe.data.tokenizer import DocumentTokenizer
 from tests.text import TEXTS, jsonl, one
 from tests.tiny import TEXT
@@ -58,7 +59,7 @@ def test_the_fastest_proved_way_is_taken(both: tuple[DocumentTokenizer, Document
     opened, quick = both
     assert opened.encoder.name.startswith("tokenizers ")
     assert opened.encoder.proof == ""
-    assert quick.encoder.name.endswith(", cut before ▁")
+    assert quick.encoder.name.endswith(", cut before ▁, as bytes")
     count = len(encoder._HOSTILE) + len(TEXT)
     assert quick.encoder.proof.startswith(f"ids equal {opened.encoder.name}'s on {count} texts, ")
 
@@ -68,6 +69,34 @@ def test_the_fastest_proved_way_is_taken(both: tuple[DocumentTokenizer, Document
 def test_ids_are_equal(both: tuple[DocumentTokenizer, DocumentTokenizer], text: list[str]) -> None:
     found, expected = both[1].encode(text), both[0].encode(text)
     assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+
+
+def test_characters_that_begin_like_known_ones_become_bytes(model: Path) -> None:
+    """▁ is E2 96 81: ▂ and ╁ share one or two bytes with it."""
+    settings = json.loads((model / "tokenizer.json").read_text())
+    spelled = ByteLevel.of({**settings, "pre_tokenizer": {"type": "Split"}})
+    assert spelled is not None
+    marks = [settings["model"]["vocab"][f"<0x{byte:02X}>"] for byte in (0xE2, 0x96)]
+    begin = max(settings["model"]["vocab"].values()) + 1
+    ids, lengths = spelled.expand(np.array([7, begin, 8, begin], np.uint32), np.array([0, 2, 2, 0]))
+    assert (ids.tolist(), lengths.tolist()) == ([7, *marks, 8, *marks], [0, 3, 3, 0])
+    opened = DocumentTokenizer.open(model)
+    texts = ["▂", "a▂▂b ╁", "", "▁▂ \u2580▁", "\U0001f041x"]
+    for found, own in zip(opened.quicker([]).encode(texts), opened.encode(texts), strict=True):
+        assert found.tolist() == own.tolist()
+
+
+def test_a_vocabulary_that_cannot_be_spelled_as_bytes(model: Path) -> None:
+    settings = json.loads((model / "tokenizer.json").read_text()) | {"pre_tokenizer": {"type": "Split"}}
+    described = settings["model"]
+    assert ByteLevel.of(settings) is not None
+    assert ByteLevel.of({**settings, "model": {**described, "byte_fallback": False}}) is None
+    fewer = {token: number for token, number in described["vocab"].items() if token != "<0xC3>"}
+    assert ByteLevel.of({**settings, "model": {**described, "vocab": fewer}}) is None
+    plain = [{**token, "special": False} for token in settings["added_tokens"]]
+    assert ByteLevel.of({**settings, "added_tokens": plain}) is None  # such marks would be found in any text
+    built = [*described["merges"], ["<s", ">"]]
+    assert ByteLevel.of({**settings, "model": {**described, "merges": built}}) is None
 
 
 def test_without_the_extra_cutting_alone_is_proved(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,10 +146,12 @@ def test_a_limit_of_the_fast_encoder_costs_time_only(model: Path, monkeypatch: p
     quick = DocumentTokenizer.open(model).quicker([])
     expected = DocumentTokenizer.open(model).encode_flat(["a b", "c"])
 
+    genuine = fastokens.Tokenizer
+
     class Limited:
         @staticmethod
         def from_json_str(description: str) -> Any:
-            real = fastokens.Tokenizer.from_json_str(description)
+            real = genuine.from_json_str(description)
 
             class Tokenizer:
                 no_truncation, no_padding = real.no_truncation, real.no_padding
