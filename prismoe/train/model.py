@@ -159,7 +159,7 @@ def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list
     for name, tensor in tensors.items():
         if engine.any(not bool(torch.isfinite(held(tensor)[0]).all())):
             raise NumericalError("has a value that is not finite", where=name, hint="lower lr; nothing was saved")
-    dtypes = _dtypes(origin, found)
+    dtypes = _dtypes(model, origin, found)
     inside: dict[str, dict[str, Place]] = {}
     for key, where in found.items():
         inside.setdefault(where.name, {})[key] = where
@@ -209,16 +209,21 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return whole.detach()
 
 
-def _dtypes(origin: Origin, found: Mapping[str, Place]) -> dict[str, torch.dtype]:
-    """Every tensor keeps the dtype of the folder it came from, or has what the config says when there was none."""
+def _dtypes(model: Any, origin: Origin, found: Mapping[str, Place]) -> dict[str, torch.dtype]:
+    """Every tensor keeps the dtype of the folder it came from, or has what the config says when there was none.
+
+    What the stock class keeps in float32 in any case (selection biases, which move by 1e-3 a step) is saved so.
+    """
+    named = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    wide = {key: torch.float32 for key in found if any(f".{name}." in f".{key}." for name in named)}
     if origin.recipes:
         made = origin.tensors()
-        return {key: _DTYPES[made[key][0]] for key in found}
+        return {key: _DTYPES[made[key][0]] for key in found} | wide
     name = origin.config.get("dtype") or origin.config.get("torch_dtype") or "float32"
     if name not in _DTYPES:
         where = str(origin.checkpoint.folder / "config.json")
         raise InputError(f"dtype {name!r}", where=where, needed="float32 or bfloat16")
-    return dict.fromkeys(found, _DTYPES[name])
+    return dict.fromkeys(found, _DTYPES[name]) | wide
 
 
 def _groups(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -81,7 +81,8 @@ class Origin:
     @property
     def num_experts(self) -> int:
         """Routed experts of a layer, 0 for a dense model."""
-        found = max(self.config.get(name) or 0 for name in ("num_local_experts", "num_experts"))
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        found = max(self.config.get(name) or 0 for name in names)
         return int(found) if found > 1 else 0
 
     def plan(self) -> Plan | None:
