@@ -114,12 +114,12 @@ class Binder:
         return self.check(at, path, hint)
 
     def _suggest(self, key: str, path: str, allowed: list[str]) -> str:
-        close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
-        if close:
-            return f"did you mean {close[0]}?"
         elsewhere = [name for name in self.known if name.rpartition(".")[2] == key]
         if elsewhere:
             return f"did you mean {elsewhere[0]}?"
+        close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
+        if close:
+            return f"did you mean {close[0]}?"
         return f"known here: {', '.join(allowed)}" if len(allowed) <= 12 else "see prismoe VERB --help"
 
 
