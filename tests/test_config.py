@@ -39,7 +39,7 @@ data:
   domains:
     books: {train: "books/*.jsonl"}
     code: {train: [a.jsonl, b.jsonl], heldout: c.jsonl, field: text}
-  weights: {books: 3, code: 1}
+  weights: {books: 1, code: 0}
 pretrain: {steps: 200, lr: 1e-4, betas: [0.9, 0.99], coefficient: 0.02}
 """,
     )
@@ -47,7 +47,7 @@ pretrain: {steps: 200, lr: 1e-4, betas: [0.9, 0.99], coefficient: 0.02}
     assert (config.plan.top_k, config.plan.layers) == (4, "4-27")
     assert config.data is not None
     assert config.data.domains["code"].train == ["a.jsonl", "b.jsonl"]
-    assert config.data.weights == {"books": 3.0, "code": 1.0}
+    assert config.data.weights == {"books": 1.0, "code": 0.0}
     assert config.pretrain is not None
     assert (config.pretrain.lr, config.pretrain.betas, config.pretrain.seed) == (1e-4, (0.9, 0.99), 7)
     assert config.pretrain.arguments == {"coefficient": 0.02}
@@ -101,6 +101,29 @@ evaluate: {}
         "run.yaml:14: data.domains.a.train is missing",
         "run.yaml:15: unknown key evaluate (hint: did you mean eval?)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        (
+            "{a: 0.5, c: 0.5}",
+            "weights for c, which are not domains; no weight for b; needed one weight per domain"
+            " (hint: 0 leaves a domain out of training)",
+        ),
+        ("{a: 0.5, b: 0.6}", "weights that sum to 1.1; needed 1"),
+        ("lama1", "unknown weights 'lama1'; needed one of llama1, proportional, sheared-llama, uniform, or a table"),
+    ],
+)
+def test_weights_are_held_against_the_domains_before_anything_is_prepared(
+    tmp_path: Path, weights: str, problem: str
+) -> None:
+    text = f"data:\n  domains: {{a: {{train: x}}, b: {{train: y}}}}\n  weights: {weights}\n"
+    assert refuse(tmp_path, text) == f"run.yaml:3: data.weights: {problem}"
+    for right in ("{a: 1.0, b: 0}", "uniform", "proportional"):
+        assert read(tmp_path, text, overrides=[f"data.weights={right}"]).data is not None
+    line = refuse(tmp_path, "pretrain: {mixing: sheard}\n")
+    assert line.startswith("run.yaml:1: pretrain.mixing is 'sheard'; needed one of doremi, sheared, static")
 
 
 @pytest.mark.parametrize(

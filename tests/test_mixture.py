@@ -304,6 +304,14 @@ def test_bad_domains_and_sizes(domains: dict[str, Domain], tmp_path: Path) -> No
     with pytest.raises(InputError, match="domain wikipedia: 63 tokens of training text, less than one sequence of 64"):
         mixture(domains, two, seq_len=64)
     assert mixture(domains, {"c4": 1.0, "wikipedia": 0.0}, seq_len=64).batch(5).domain_ids.tolist() == [0] * 8
+    empty = numbered(tmp_path / "empty", 0)
+    for attend in ("sequence", "document"):
+        both = {"seq_len": 16, "batch_size": 4, "attend": attend}
+        mix = Mixture([domains["c4"], empty], weights={"c4": 1.0, "empty": 0.0}, **both)
+        assert mix.batch(7).domain_ids.tolist() == [0] * 4
+        assert [(share.achieved, share.epochs) for share in mix.report(7)][1] == (0.0, 0.0)
+        with pytest.raises(InputError, match=r"domain empty: 0 tokens of training text, .* or weight 0"):
+            Mixture([domains["c4"], empty], weights="uniform", **both)
     with pytest.raises(InputError, match="prepared with another tokenizer"):
         Mixture(
             [domains["c4"], numbered(tmp_path / "x", 100, tokenizer="u")], weights="uniform", seq_len=16, batch_size=1

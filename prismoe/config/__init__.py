@@ -15,6 +15,7 @@ from prismoe.config.keys import PLANNERS, keywords, known_keys, registered, want
 from prismoe.config.located import Located, read_override, read_yaml
 from prismoe.config.settings import Config, ConvertConfig, DataConfig, PlanConfig
 from prismoe.data.filters import FilterSpec
+from prismoe.data.weights import check_weights
 from prismoe.errors import UsageError
 
 __all__ = ["Config", "load_config"]
@@ -121,9 +122,9 @@ def _data(binder: Binder, at: Located) -> Any:
     """The data section; each of its filters has the arguments of its own file."""
     given = at.value.get("filters") if isinstance(at.value, dict) else None
     if not isinstance(at.value, dict) or given is None or given.value is None:
-        return binder.record(DataConfig, at, "data")
+        return _weighted(binder, at, binder.record(DataConfig, at, "data"))
     rest = {key: value for key, value in at.value.items() if key != "filters"}
-    data = binder.record(DataConfig, Located(rest, at.where), "data")
+    data = _weighted(binder, at, binder.record(DataConfig, Located(rest, at.where), "data"))
     if not isinstance(given.value, list):
         binder.problem(given.where, "data.filters is no list", "a list of filters, such as [{name: gopher}]")
         return None
@@ -143,6 +144,17 @@ def _data(binder: Binder, at: Located) -> Any:
     return data and replace(data, filters=specs)
 
 
+def _weighted(binder: Binder, at: Located, data: DataConfig | None) -> DataConfig | None:
+    """`data` itself, after noting weights that do not fit its domains: the text need not be prepared to know that."""
+    try:
+        if data is not None:
+            check_weights(data.weights, list(data.domains))
+    except UsageError as error:
+        where = at.value.get("weights", at).where if isinstance(at.value, dict) else at.where
+        binder.problem(where, f"data.{error.where}: {error.found}", error.needed, error.hint)
+    return data
+
+
 def _calibrate(binder: Binder, at: Located) -> Any:
     """The calibrate section: its own keys but the seed (a run has one)."""
     from prismoe.calibrate.settings import CalibrateConfig
@@ -156,6 +168,7 @@ def _pretrain(binder: Binder, at: Located) -> Any:
 
     own = {item.name for item in fields(settings.PretrainConfig)}
     extra: dict[str, Any] = {}
+    _choice(binder, at, "pretrain.mixing", settings.PretrainConfig.mixing, registry.names("prismoe.data.rules"))
     names = registry.names("prismoe.train.routers")
     given = at.value.get("router") if isinstance(at.value, dict) else None
     if given is not None and isinstance(given.value, list):  # several: the arguments of each lie under its name

@@ -233,7 +233,7 @@ class Mixture:
                 achieved=int(counts[g]) / max(step * self.batch_size, 1),
                 sequences=int(counts[g]),
                 tokens=int(counts[g]) * self.seq_len,
-                epochs=float(counts[g] / self._num_windows[g]),
+                epochs=float(counts[g] / max(1, self._num_windows[g])),  # an empty domain has weight 0
             )
             for g, name in enumerate(self.names)
         )

@@ -123,7 +123,8 @@ class Domain:
 
     def tokens(self, split: Split = "train") -> npt.NDArray[np.unsignedinteger[Any]]:
         """All ids of a split, [num_tokens] uint16 or uint32, memory-mapped; `FlatFiles` where shards are several."""
-        dtype, shards = token_dtype(self.vocab_size), self.shards[split]
+        dtype = token_dtype(self.vocab_size)
+        shards = [shard for shard in self.shards[split] if shard.counts.num_tokens]  # nothing cannot be mapped
         files = [self.folder / f"{shard.name}.tokens" for shard in shards]
         if len(files) == 1:
             return np.memmap(files[0], dtype, mode="r")
@@ -132,6 +133,8 @@ class Domain:
 
     def ends(self, split: Split = "train") -> IdArray:
         """[num_documents, 2] int64, memory-mapped: tokens and bytes of text up to the end of each document."""
+        if not self.splits[split].num_documents:
+            return np.empty((0, 2), np.int64)
         return np.memmap(self.folder / f"{split}.ends", np.dtype("<i8"), mode="r").reshape(-1, 2)
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from prismoe.data.shards import Domain
 from prismoe.errors import UsageError
 
-__all__ = ["PRESETS", "multiplied", "resolve_weights", "smoothed"]
+if TYPE_CHECKING:
+    from prismoe.data.shards import Domain
+
+__all__ = ["PRESETS", "check_weights", "multiplied", "resolve_weights", "smoothed"]
 
 PRESETS: dict[str, dict[str, float]] = {
     "llama1": {
@@ -45,7 +48,20 @@ def resolve_weights(weights: Mapping[str, float] | str, domains: Sequence[Domain
     """
     if isinstance(weights, str):
         weights = _named_weights(weights, domains)
-    names = [domain.name for domain in domains]
+    return _checked(weights, [domain.name for domain in domains])
+
+
+def check_weights(weights: Mapping[str, float] | str, names: Sequence[str]) -> None:
+    """What `resolve_weights` refuses, told before any domain called one of `names` is prepared.
+
+    Raises:
+        UsageError: as there.
+    """
+    if weights not in ("proportional", "uniform"):
+        _checked(_preset(weights) if isinstance(weights, str) else weights, names)
+
+
+def _checked(weights: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     if set(weights) != set(names):
         only_weights, only_domains = sorted(set(weights) - set(names)), sorted(set(names) - set(weights))
         found = [f"weights for {', '.join(only_weights)}, which are not domains"] if only_weights else []
@@ -84,6 +100,10 @@ def _named_weights(name: str, domains: Sequence[Domain]) -> Mapping[str, float]:
     if name == "proportional":
         total = sum(domain.num_tokens for domain in domains)
         return {domain.name: domain.num_tokens / total for domain in domains}
+    return _preset(name)
+
+
+def _preset(name: str) -> Mapping[str, float]:
     if name not in PRESETS:
         choices = ", ".join(sorted([*PRESETS, "proportional", "uniform"]))
         raise UsageError(f"unknown weights {name!r}", where="weights", needed=f"one of {choices}, or a table")
