@@ -166,6 +166,28 @@ def test_a_trained_filter_tells_its_kinds_apart_and_is_the_same_every_time(tmp_p
     assert np.isfinite(new).all()  # a text without words has the bias
 
 
+def test_zero_balances_the_errors_however_few_texts_there_are_of_a_kind(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+
+    def text(share: float) -> str:
+        """Forty words, so many of them of an advertisement: the kinds overlap."""
+        return " ".join(
+            f"{'sell' if generator.random() < share else 'tell'}{chr(97 + generator.integers(9))}" for _ in range(40)
+        )
+
+    kept, dropped = ([text(share) for _ in range(count)] for share, count in ((0.42, 900), (0.58, 40)))
+    found = linear.train_filter(kept, dropped, out=tmp_path / "f")
+    scorer = linear.open_scorer(model=str(tmp_path / "f"))
+    right = [
+        float(((scorer.score([text(share) for _ in range(1000)]) > 0) == keep).mean())
+        for share, keep in ((0.42, True), (0.58, False))
+    ]
+    # The best rule counts words: right where 40 draws at 0.42 are below 20, ties cut in two: 0.84.
+    assert min(right) > 0.65
+    assert abs(right[0] - right[1]) < 0.25
+    assert found.accuracy == pytest.approx(sum(right) / 2, abs=0.15)
+
+
 def test_linear_scores_are_mean_weights_of_words_and_pairs(tmp_path: Path) -> None:
     linear.train_filter(KEEP, DROP, out=tmp_path / "f")
     from safetensors.numpy import load_file

@@ -21,27 +21,28 @@ import numpy.typing as npt
 
 from prismoe.data.reader import read_documents
 from prismoe.data.sift.advertisements import label_advertisements
-from prismoe.data.words import Batch, Longs, ngrams, segments
+from prismoe.data.words import Batch, Hashes, Longs, ngrams, segments
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import Manifest, claim, hash_files, sha256_file, write_atomic, write_json_atomic
 
 __all__ = ["DROP", "TrainedFilter", "fingerprint", "learn", "open_scorer", "train_filter"]
 
 DROP = 0.5
-SCORE = "logarithm of the odds of being text to keep"
+SCORE = "mean weight of its words: above 0 like text to keep"
 KIND, WEIGHTS, FACTS = "filter", "linear.safetensors", "linear.json"
 BITS = 18  # a quarter of a million weights, one megabyte
 _EPOCHS, _RATE, _BATCH = 6, 0.5, 64
-_HELD_OUT = 10  # every tenth text is not trained on, but judged
+_HELD_OUT = 5  # every fifth text of a kind is not trained on: it places the zero, and is judged
 MIN_TEXTS = 20  # of each kind: fewer say nothing about other texts
 
 
 @dataclass(frozen=True)
 class TrainedFilter:
-    """Receipt of `train_filter`: texts of both kinds, and how the tenth that was held out is judged.
+    """Receipt of `train_filter`: texts of both kinds, and how the fifth of each that was held out is judged.
 
-    `accuracy` counts both kinds alike; `ranking` is the share of pairs of one text to keep and one to drop that are in
-    the right order (area under the ROC curve).
+    `accuracy` is the share that is on the right side of 0, both kinds counting alike (each half of them is judged with
+    the zero that the other half places); `ranking` is the share of pairs of one text to keep and one to drop that are
+    in the right order (area under the ROC curve).
     """
 
     out: str
@@ -56,7 +57,7 @@ class TrainedFilter:
 
 def fingerprint(arguments: Mapping[str, Any]) -> str:
     model = arguments["model"]
-    return f"linear 1 {'advertisements' if model is None else sha256_file(_file(model, WEIGHTS))}"
+    return f"linear 2 {'advertisements' if model is None else sha256_file(_file(model, WEIGHTS))}"
 
 
 def learn(arguments: Mapping[str, Any], texts: Callable[[], Iterator[str]], folder: Path) -> dict[str, Any]:
@@ -111,8 +112,16 @@ class _Linear:
             raise InputError(f"{self._weights.shape} weights", where=str(folder / WEIGHTS), needed=f"{1 << BITS}")
 
     def score(self, texts: Sequence[str]) -> npt.NDArray[np.float64]:
-        places, ends = features(Batch.of(texts))
-        return _logits(self._weights, self._bias, places, ends)
+        keys = Batch.of(texts).keys
+        pairs, pair_ends = ngrams(keys.hashes, keys.ends, 2)
+        counts = np.diff(keys.ends, prepend=0) + np.diff(pair_ends, prepend=0)
+        found: npt.NDArray[np.float64] = np.zeros(len(counts))
+        for hashes, ends in ((keys.hashes, keys.ends), (pairs, pair_ends)):
+            starts, filled = segments(ends)
+            if len(starts):
+                found[filled] += np.add.reduceat(self._weights[_places(hashes)], starts, dtype=np.float64)
+        found /= np.maximum(counts, 1)
+        return found + self._bias
 
 
 def train_filter(
@@ -145,10 +154,11 @@ def train_filter(
     wanted = np.repeat([1.0, 0.0], [len(named["keep"]), len(named["drop"])])
     parts = [features(Batch(texts[first : first + 500])) for first in range(0, len(texts), 500)]
     rows = [places[a:b] for places, ends in parts for a, b in zip(np.append(0, ends[:-1]), ends, strict=True)]
-    judged = np.random.default_rng(seed).permutation(len(texts)) % _HELD_OUT == 0
-    weights, bias = _fit([rows[i] for i in np.flatnonzero(~judged)], wanted[~judged], seed)
+    judged = _held_out(wanted, seed)
+    weights = _fit([rows[i] for i in np.flatnonzero(~judged)], wanted[~judged], seed)
     held = [rows[i] for i in np.flatnonzero(judged)]
-    logits = _logits(weights, bias, np.concatenate(held), np.cumsum([len(row) for row in held]))
+    logits = _means(weights, np.concatenate(held), np.cumsum([len(row) for row in held]))
+    bias = -_balance(logits, wanted[judged])
     found = TrainedFilter(str(out), len(named["keep"]), len(named["drop"]), *_judge(logits, wanted[judged]))
     key = sha256_of(weights, bias)
     with claim(out, kind=KIND, key=key, force=force):
@@ -168,23 +178,36 @@ def features(batch: Batch) -> tuple[Longs, Longs]:
     counts, pair_counts = np.diff(ends, prepend=0), np.diff(pair_ends, prepend=0)
     # Words of a text before its pairs: both runs are moved behind what comes before them.
     places = np.empty(len(words) + len(pairs), np.int64)
-    places[np.arange(len(words)) + np.repeat(pair_ends - pair_counts, counts)] = words >> np.uint64(64 - BITS)
-    places[np.arange(len(pairs)) + np.repeat(ends, pair_counts)] = pairs >> np.uint64(64 - BITS)
+    places[np.arange(len(words)) + np.repeat(pair_ends - pair_counts, counts)] = _places(words)
+    places[np.arange(len(pairs)) + np.repeat(ends, pair_counts)] = _places(pairs)
     return places, ends + pair_ends
 
 
-def _logits(weights: npt.NDArray[Any], bias: float, places: Longs, ends: Longs) -> npt.NDArray[np.float64]:
-    """Mean weight of each text's features, plus the bias."""
-    found = np.full(len(ends), bias, np.float64)
+def _places(hashes: Hashes) -> Longs:
+    return (hashes >> np.uint64(64 - BITS)).view(np.int64)
+
+
+def _means(weights: npt.NDArray[Any], places: Longs, ends: Longs) -> npt.NDArray[np.float64]:
+    """Mean weight of each text's features, 0 for a text without any."""
+    found = np.zeros(len(ends))
     starts, filled = segments(ends)
     if len(starts):
         sums = np.add.reduceat(weights[places], starts, dtype=np.float64)
-        found[filled] += sums / np.diff(np.append(starts, len(places)))
+        found[filled] = sums / np.diff(np.append(starts, len(places)))
     return found
 
 
-def _fit(rows: list[Longs], wanted: npt.NDArray[np.float64], seed: int) -> tuple[npt.NDArray[np.float32], float]:
-    """AdaGrad (Duchi et al. 2011) on the logistic loss, both kinds weighted alike."""
+def _held_out(wanted: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.bool_]:
+    """Every fifth text of each kind, in a drawn order."""
+    generator = np.random.default_rng(seed)
+    chosen = np.zeros(len(wanted), bool)
+    for kind in (0.0, 1.0):
+        chosen[generator.permutation(np.flatnonzero(wanted == kind))[::_HELD_OUT]] = True
+    return chosen
+
+
+def _fit(rows: list[Longs], wanted: npt.NDArray[np.float64], seed: int) -> npt.NDArray[np.float32]:
+    """AdaGrad (Duchi et al. 2011) on the logistic loss, both kinds weighted alike; the bias it needs is not kept."""
     weights, squares = np.zeros(1 << BITS), np.full(1 << BITS, 1e-8)
     bias, bias_square = 0.0, 1e-8
     share = wanted.mean()
@@ -196,7 +219,7 @@ def _fit(rows: list[Longs], wanted: npt.NDArray[np.float64], seed: int) -> tuple
             some = order[first : first + _BATCH]
             places = np.concatenate([rows[i] for i in some])
             lengths = np.array([len(rows[i]) for i in some])
-            logits = _logits(weights, bias, places, np.cumsum(lengths))
+            logits = _means(weights, places, np.cumsum(lengths)) + bias
             errors = (1 / (1 + np.exp(-logits)) - wanted[some]) * importance[some]
             touched, inverse = np.unique(places, return_inverse=True)
             slopes = np.bincount(inverse, np.repeat(errors / np.maximum(lengths, 1), lengths)) * 100
@@ -204,14 +227,31 @@ def _fit(rows: list[Longs], wanted: npt.NDArray[np.float64], seed: int) -> tuple
             weights[touched] -= _RATE * slopes / np.sqrt(squares[touched])
             bias_square += errors.sum() ** 2
             bias -= _RATE * errors.sum() / bias_square**0.5
-    return weights.astype(np.float32), float(np.float32(bias))
+    return weights.astype(np.float32)
+
+
+def _balance(logits: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64]) -> float:
+    """The number between texts to drop and texts to keep with the same share of errors on both sides of it.
+
+    The bias that the loss finds is no use: it is that of texts seen in training, which lie further apart than others.
+    """
+    levels = np.unique(logits)
+    between = (levels[1:] + levels[:-1]) / 2 if len(levels) > 1 else levels
+    lost = np.searchsorted(np.sort(logits[wanted > 0]), between) / (wanted > 0).sum()
+    passed = 1 - np.searchsorted(np.sort(logits[wanted == 0]), between) / (wanted == 0).sum()
+    return float(between[np.abs(lost - passed).argmin()])
 
 
 def _judge(logits: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Accuracy and ranking, see `TrainedFilter`; texts come in a drawn order."""
+    half = np.zeros(len(wanted), bool)
+    for kind in (0.0, 1.0):
+        half[np.flatnonzero(wanted == kind)[::2]] = True
+    right = np.zeros(len(wanted), bool)
+    for part in (half, ~half):
+        right[part] = (logits[part] > _balance(logits[~part], wanted[~part])) == (wanted[part] > 0)
+    accuracy = (right[wanted > 0].mean() + right[wanted == 0].mean()) / 2
     keep, drop = np.sort(logits[wanted > 0]), np.sort(logits[wanted == 0])
-    if not len(keep) or not len(drop):
-        return float("nan"), float("nan")
-    accuracy = ((keep > 0).mean() + (drop <= 0).mean()) / 2
     below, ties = np.searchsorted(drop, keep), np.searchsorted(drop, keep, side="right")
     return float(accuracy), float((below + ties).mean() / 2 / len(drop))
 

@@ -76,7 +76,8 @@ def _of(texts: list[str]) -> npt.NDArray[np.uint64]:
     starts = np.concatenate([[0], keys.ends[:-1]])
     places = [np.arange(a, b - WORDS + 1) for a, b in zip(starts, keys.ends, strict=True)]
     first = np.concatenate([*places, np.zeros(0, np.int64)]).astype(np.int64)
-    return runs[numbers[first + WORDS] - numbers[first] <= MAX_NUMBERS]
+    few: npt.NDArray[np.bool_] = numbers[first + WORDS] - numbers[first] <= MAX_NUMBERS
+    return runs[few]
 
 
 def _items(path: Path) -> Iterator[str]:
