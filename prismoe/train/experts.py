@@ -150,13 +150,19 @@ def _one_token(
     first: torch.Tensor,
     last: torch.Tensor,
 ) -> torch.Tensor:
-    """Generation: nothing to sort, and no gradient."""
-    chosen = [(k, e) for k, e in enumerate(index_1K[0].tolist()) if e < self.num_experts]
-    out_1D = torch.zeros_like(x_1D)
-    for k, e in chosen:
-        between = F.linear(x_1D, first[e])
-        between = self._apply_gate(between) if self.has_gate else self.act_fn(between)
-        out_1D += F.linear(between * weights_1K[:, k, None].to(x_1D.dtype), last[e])
+    """Generation: nothing to sort, and no gradient. What it costs beside reading weights is the number of calls."""
+    index_K = index_1K[0].tolist()
+    if self._is_expert_parallel:
+        kept = [k for k, e in enumerate(index_K) if e < self.num_experts]
+        index_K, weights_1K = [index_K[k] for k in kept], weights_1K[:, kept]
+        if not kept:
+            return torch.zeros_like(x_1D)
+    between_KW = torch.cat([F.linear(x_1D, first[e]) for e in index_K])
+    between_KW = self._apply_gate(between_KW) if self.has_gate else self.act_fn(between_KW)
+    between_KW = between_KW * weights_1K.to(x_1D.dtype).t()
+    out_1D = F.linear(between_KW[:1], last[index_K[0]])
+    for k, e in enumerate(index_K[1:], start=1):
+        out_1D += F.linear(between_KW[k : k + 1], last[e])
     return out_1D
 
 
