@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,41 @@ def test_a_wrong_setting_is_told_where_it_was_written(tmp_path: Path) -> None:
     run(calibrated(tmp_path), stages=("prepare",))
     with pytest.raises(UsageError, match=r"^calibrate\.clusters=500: \d+ sequences for 500 data clusters"):
         run(calibrated(tmp_path, "calibrate.clusters=500"), stages=("calibrate",))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["calibrate.clusters=3"], "calibrate.clusters=3: 3 data clusters for 4 experts; needed at least one"),
+        (
+            ["calibrate.quantities=[marks]"],
+            "calibrate.quantities=[marks]: without importance; needed what plan.method=",
+        ),
+        (["plan.method=coactivation"], "method coactivation: METIS is not installed (hint: pip install"),
+    ],
+)
+def test_a_calibration_that_its_plan_could_not_use_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], line: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pymetis", None)
+    run(calibrated(tmp_path / "run"), stages=("prepare",))
+    with pytest.raises(UsageError) as caught:
+        run(calibrated(tmp_path / "run", *overrides), stages=("calibrate",), force=True)
+    assert str(caught.value).startswith(line)
+    assert not (tmp_path / "run/calibration").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "plan.prompts: prompts is not set; needed a list of texts for each expert"),
+        (["plan.prompts=[[once],[the king]]"], "plan.prompts=[[once],[the king]]: prompts for 2 experts; needed for 4"),
+    ],
+)
+def test_prompts_are_counted_before_they_are_run(tmp_path: Path, overrides: list[str], line: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(config("plan.router=prompts", *overrides, out=tmp_path / "run"), stages=("plan",))
+    assert str(caught.value).startswith(line)
 
 
 def test_the_verb_and_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -17,6 +17,19 @@ def calibration(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"quantities": ("coactivation",)}
 
 
+def ready() -> None:
+    """Whether a plan can be made at all, to be asked before an hour of calibration.
+
+    Raises:
+        UsageError: METIS is missing.
+    """
+    try:
+        import pymetis  # noqa: F401
+    except ImportError:
+        hint = "pip install 'prismoe[metis]'"
+        raise UsageError("METIS is not installed", where="method coactivation", hint=hint) from None
+
+
 def split(
     layer: LayerView,
     *,
@@ -32,12 +45,9 @@ def split(
         UsageError: METIS or the calibration is missing, or the neurons do not divide evenly.
     """
     width = equal_width(layer, num_experts=num_experts)
-    try:
-        import pymetis
-    except ImportError:
-        raise UsageError(
-            "METIS is not installed", where="method coactivation", hint="pip install 'prismoe[metis]'"
-        ) from None
+    ready()
+    import pymetis
+
     counts_FF = layer.stats().need("coactivation")
     labels = np.zeros(layer.num_neurons, np.int64)
     starts, neighbours, weights = _graph(counts_FF, edges)

@@ -83,10 +83,16 @@ class Work:
         """The argument of router=prompts where the config has the prompts themselves."""
         prompts, router = self.config.plan.prompts, self.config.plan.router
         if prompts is None:
+            if router == "prompts" and "prompt_states" not in self.config.plan.arguments:
+                raise UsageError("prompts is not set", where="prompts", needed="a list of texts for each expert")
             yield {}
             return
         if router != "prompts":
             raise UsageError(f"{router} with prompts", where="router", needed="router=prompts")
+        experts = self.config.plan.arguments.get("num_experts")
+        copies = experts and experts // self.config.plan.arguments.get("granularity", 1)
+        if copies is not None and len(prompts) != copies:
+            raise UsageError(f"prompts for {len(prompts)} experts", where="prompts", needed=f"for {copies}")
         from prismoe.calibrate.prompts import prompt_states
 
         with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves nothing behind
@@ -128,6 +134,32 @@ class Work:
                 absorbed(shape) if convert.absorb else shape,
                 engines=[name.strip() for name in convert.engines.split(",")],
                 target=convert.target if "convert.target" in self.config.places else None,
+            )
+
+    def check_wanted(self) -> None:
+        """That this run's plan will be able to use its calibration: known before a weight is read.
+
+        Raises:
+            UsageError: fewer data clusters than the plan needs, a quantity left out, or a method's library is missing.
+        """
+        from prismoe import registry
+        from prismoe.config.keys import wanted_statistics
+
+        plan, chosen = self.config.plan, self.config.need("calibrate")
+        if plan.calibration is not None:
+            return
+        method = registry.load("prismoe.methods", plan.method, where="plan.method")
+        if hasattr(method, "ready"):
+            method.ready()
+        asked = wanted_statistics(plan)
+        by_domain = chosen.clusters == "domains"
+        clusters = len(self.config.need("data").domains) if by_domain else chosen.clusters
+        if clusters < (needed := asked.get("clusters", 0)):
+            found = f"{clusters} data clusters for {needed} experts"
+            raise UsageError(found, where="clusters", needed="at least one data cluster for each expert")
+        if missing := sorted({*asked.get("quantities", ())} - {*chosen.quantities}):
+            raise UsageError(
+                f"without {missing[0]}", where="quantities", needed=f"what plan.method={plan.method} reads"
             )
 
     def width_warnings(self, shape: PlanShape, target: str) -> list[str]:
@@ -209,6 +241,7 @@ def _calibrate(work: Work) -> dict[str, Any]:
     from prismoe.calibrate import calibrate
 
     with work.placed("calibrate"):
+        work.check_wanted()
         return calibrate(
             work.checkpoint,
             work.config.need("calibrate"),
