@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from prismoe.config import load_config
     from prismoe.config.settings import Config
     from prismoe.convert import Conversion, convert
+    from prismoe.data.filters import FilterSpec
+    from prismoe.data.filters.linear import TrainedFilter, train_filter
     from prismoe.data.mixture import Mixture
     from prismoe.data.prepare import DomainSource, Prepared, prepare
     from prismoe.data.shards import Domain
+    from prismoe.data.sift import Sifted, sift
     from prismoe.densify import Densified, densify
     from prismoe.errors import InputError, InterruptedRun, NumericalError, PrismoeError, ResourceError, UsageError
     from prismoe.evaluate import Scores, evaluate
@@ -48,6 +51,7 @@ __all__ = [
     "Densified",
     "Domain",
     "DomainSource",
+    "FilterSpec",
     "Imported",
     "InputError",
     "InterruptedRun",
@@ -61,7 +65,9 @@ __all__ = [
     "ResourceError",
     "Run",
     "Scores",
+    "Sifted",
     "Trained",
+    "TrainedFilter",
     "UsageError",
     "account",
     "calibrate",
@@ -76,6 +82,8 @@ __all__ = [
     "pretrain",
     "reference_loss",
     "run",
+    "sift",
+    "train_filter",
     "verify",
     "write_report",
 ]
@@ -88,9 +96,12 @@ _HOMES = {
     "config": ("load_config",),
     "config.settings": ("Config",),
     "convert": ("Conversion", "convert"),
+    "data.filters": ("FilterSpec",),
+    "data.filters.linear": ("TrainedFilter", "train_filter"),
     "data.mixture": ("Mixture",),
     "data.prepare": ("DomainSource", "Prepared", "prepare"),
     "data.shards": ("Domain",),
+    "data.sift": ("Sifted", "sift"),
     "densify": ("Densified", "densify"),
     "errors": ("InputError", "InterruptedRun", "NumericalError", "PrismoeError", "ResourceError", "UsageError"),
     "evaluate": ("Scores", "evaluate"),

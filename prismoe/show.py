@@ -61,6 +61,10 @@ def describe(
         splits = {split: asdict(counts) for split, counts in domain.splits.items()}
         facts = {"name": domain.name, "vocab_size": domain.vocab_size, "splits": splits}
         return {"kind": "domain", "folder": str(path), **facts}
+    if manifest is not None and manifest.kind == "sift":
+        from prismoe.data.sift import Sifted
+
+        return {"kind": "sift", **Sifted.read(path).to_dict()}
     if manifest is not None and manifest.kind == "calibrate":
         from prismoe.stats.calibration import Calibration
 
@@ -170,6 +174,12 @@ def _show_domain(screen: Screen, found: dict[str, Any]) -> None:
     screen.table(["split", "documents", "tokens", "bytes", "bytes/token"], rows)
 
 
+def _show_sifted(screen: Screen, found: dict[str, Any]) -> None:
+    screen.title(f"sifted text {found['out']}")
+    screen.line(summary("sift", found))
+    view(screen, "sift", found)
+
+
 def _show_model(screen: Screen, found: dict[str, Any]) -> None:
     screen.title(f"{found['model_type']} {found['folder']}")
     rows = {"parameters": f"{count_text(found['parameters'])} in {found['tensors']} tensors"}
@@ -199,6 +209,7 @@ _SHOWN: dict[str, Callable[[Screen, dict[str, Any]], None]] = {
     "run": _show_run,
     "plan": _show_plan,
     "domain": _show_domain,
+    "sift": _show_sifted,
     "calibration": lambda screen, found: view(screen, "calibrate", found),
     "model": _show_model,
     "config": _show_config,

@@ -195,20 +195,25 @@ def _sift_line(receipt: Receipt) -> str:
 
 def _sift(screen: Screen, receipt: Receipt) -> None:
     reasons = list(dict.fromkeys(name for row in receipt["domains"] for name in row["dropped"]))
+    estimated = ["tokens dropped*"] if any(row["bytes_per_token"] for row in receipt["domains"]) else []
     rows: list[list[str | Text]] = []
     for row in receipt["domains"]:
         gone = [count_text(row["dropped"][name]["documents"]) if name in row["dropped"] else "" for name in reasons]
         share = f"{100 * row['kept_bytes'] / max(row['bytes'], 1):.1f} %"
-        rows.append([row["name"], count_text(row["documents"]), *gone, count_text(row["kept_documents"]), share])
+        size = row["bytes_per_token"]
+        lost = [count_text(round((row["bytes"] - row["kept_bytes"]) / size)) if size else ""] if estimated else []
+        rows.append([row["name"], count_text(row["documents"]), *gone, count_text(row["kept_documents"]), share, *lost])
     if rows:
-        screen.table(["domain", "documents", *reasons, "kept", "of its text"], rows)
-    if receipt["filters"]:
+        screen.table(["domain", "documents", *reasons, "kept", "of its text", *estimated], rows)
+    if estimated:
+        screen.line("* estimated: bytes of text by those of a token in a sample", style="dim")
+    cells: list[list[str | Text]] = [
+        [row["title"], row["domain"], f"{row['threshold']:.4g}", count_text(row["documents_below"])]
+        for row in receipt["filters"]
+        if row["drop"] is not None
+    ]
+    if cells:
         screen.title("thresholds")
-        cells: list[list[str | Text]] = [
-            [row["title"], row["domain"], f"{row['threshold']:.4g}", count_text(row["documents_below"])]
-            for row in receipt["filters"]
-            if row["drop"] is not None
-        ]
         screen.table(["filter", "domain", "score", "below it"], cells, justify="llrr")
     if receipt["audit"]:
         screen.line(f"to look at: {receipt['audit']}")
@@ -216,7 +221,7 @@ def _sift(screen: Screen, receipt: Receipt) -> None:
 
 def _train_filter_line(receipt: Receipt) -> str:
     texts = f"{receipt['keep']:,} texts to keep and {receipt['drop']:,} to drop"
-    return f"{receipt['out']}: from {texts}; of the held-out tenth {100 * receipt['accuracy']:.1f} % are judged right"
+    return f"{receipt['out']}: from {texts}; of the held-out fifth {100 * receipt['accuracy']:.1f} % are judged right"
 
 
 def _prepare_line(receipt: Receipt) -> str:

@@ -55,6 +55,7 @@ class Section:
     figures: Sequence[Figure] = ()
     figures_first: bool = False
     code: str = ""
+    links: Sequence[tuple[str, str]] = ()  # words, and a place beside the page
 
 
 def can_report() -> bool:
@@ -280,7 +281,10 @@ def _data(receipts: Mapping[str, Any], folder: Path) -> Section | None:
             cells = [f"{counts[key]:,}" for key in ("num_documents", "num_tokens", "num_bytes")]
             rows.append([row["name"], split, *cells, f"{counts['num_bytes'] / max(counts['num_tokens'], 1):.2f}"])
     heads = ["domain", "split", "documents", "tokens", "bytes", "bytes per token"]
-    return Section("data", "Data", [summary("prepare", receipts["prepare"]) + "."], [Table(heads, rows, left=(1,))])
+    texts = [summary(name, receipts[name]) + "." for name in ("sift", "prepare") if name in receipts]
+    audit = "sift/audit.html"
+    links = [("What was dropped, and documents to read", audit)] if (folder / audit).is_file() else []
+    return Section("data", "Data", texts, [Table(heads, rows, left=(1,))], links=links)
 
 
 def _provenance(receipts: Mapping[str, Any], seconds: Mapping[str, float], folder: Path) -> list[Section]:

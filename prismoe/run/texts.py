@@ -54,6 +54,7 @@ def sift_texts(work: Work) -> dict[str, Any]:
         filters=filters,
         deduplicate=data.deduplicate,
         decontaminate=_tuple(data.decontaminate),
+        tokenizer=data.tokenizer or work.checkpoint.folder,
         out=work.folder(SIFTED),
         offline=work.offline,
         force=work.force,
@@ -108,7 +109,7 @@ def texts(config: Config) -> dict[str, Any]:
             texts = sorted(
                 path
                 for pattern in _tuple(paths)
-                for path in glob.glob(pattern)  # noqa: PTH207 - patterns may be absolute
+                for path in glob.glob(pattern, recursive=True)  # noqa: PTH207 - patterns may be absolute
             )
             found[f"domains.{name}.{split}"] = {path: Path(path).stat().st_size for path in texts}
         found[f"domains.{name}.field"] = domain.field

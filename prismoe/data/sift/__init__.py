@@ -27,10 +27,11 @@ import numpy as np
 from prismoe.data.filters import FilterSpec, Scorer
 from prismoe.data.sift import audit, columns
 from prismoe.data.sift.benchmarks import Benchmarks
-from prismoe.data.sift.decide import KEPT, Copies, decide, threshold
-from prismoe.data.sift.scoring import score_part, texts_of
+from prismoe.data.sift.decide import KEPT, Copies, decide, reason_names, threshold
+from prismoe.data.sift.scoring import bytes_per_token, score_part, texts_of
 from prismoe.data.sift.work import Deduplicate, Part, Work, plan_work
 from prismoe.data.sources import DomainSource
+from prismoe.data.tokenizer import DocumentTokenizer
 from prismoe.errors import InputError
 from prismoe.folder import Manifest, claim, hash_files, write_atomic, write_json_atomic
 from prismoe.progress import Progress, quiet
@@ -43,13 +44,18 @@ KIND, FIXED, LEARNED = "sift", "fixed.json", "learned"
 
 @dataclass(frozen=True)
 class SiftedDomain:
-    """One domain's training text. `dropped` says for each reason how many documents and bytes of text went."""
+    """One domain's training text. `dropped` says for each reason how many documents and bytes of text went.
+
+    `bytes_per_token` is measured on a sample of its documents: tokens are estimates until they are made. None where no
+    tokenizer was given.
+    """
 
     name: str
     documents: int
     bytes: int
     kept_documents: int
     kept_bytes: int
+    bytes_per_token: float | None
     dropped: dict[str, dict[str, int]]
 
 
@@ -70,6 +76,18 @@ class Sifted:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def read(cls, folder: str | Path) -> Sifted:
+        """That of a finished folder.
+
+        Raises:
+            InputError: it is not one.
+        """
+        manifest = Manifest.read(Path(folder))
+        if manifest is None or manifest.kind != KIND:
+            raise InputError("not a finished sift", where=str(folder), hint="`prismoe sift` first")
+        return _receipt(manifest.config, Path(folder), "kept", 0, 0.0)
+
 
 def sift(
     domains: Mapping[str, DomainSource],
@@ -78,6 +96,7 @@ def sift(
     filters: Sequence[FilterSpec] = (),
     deduplicate: Deduplicate = "none",
     decontaminate: Iterable[str | Path] = (),
+    tokenizer: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     offline: bool = False,
@@ -92,6 +111,8 @@ def sift(
         deduplicate: drop later copies within and across domains, and what copies held-out text: `exact` (the same but
             for white space) or `near` (MinHash) too.
         decontaminate: benchmark files (.jsonl, .json, .txt); training documents with 13 words in a row of one go.
+        tokenizer: of the model that is to read the text (a folder or tokenizer.json): the audit then says about how
+            many tokens went. It decides nothing.
         force: forget thresholds and decisions of before.
         dry_run: check everything, write nothing.
         on_progress: called with bytes of the files read.
@@ -104,6 +125,7 @@ def sift(
     """
     out = Path(out)
     work = plan_work(domains, filters=filters, deduplicate=deduplicate, decontaminate=decontaminate, offline=offline)
+    encoder = None if tokenizer is None else DocumentTokenizer.open(tokenizer)
     started = time.monotonic()
     files = _listed(work)
     manifest = None if force else Manifest.read(out)
@@ -135,7 +157,7 @@ def sift(
         settled = frozenset(stem for stems in fixed["files"].values() for stem in stems)
         copies = decide(work, folders, thresholds, settled=settled)
         names = _write_keep(work, folders)
-        config = _summary(work, folders, thresholds, files)
+        config = _summary(work, folders, thresholds, files, encoder)
         _write_audit(work, folders, thresholds, copies, config, out)
         stems = {domain: [p.stem for p in work.parts if p.domain == domain] for domain in folders}
         write_json_atomic(out / FIXED, {"thresholds": thresholds, "files": stems})
@@ -224,10 +246,14 @@ def _write_keep(work: Work, folders: Mapping[str, Path]) -> list[str]:
 
 
 def _summary(
-    work: Work, folders: Mapping[str, Path], thresholds: Mapping[str, Mapping[str, float]], files: Any
+    work: Work,
+    folders: Mapping[str, Path],
+    thresholds: Mapping[str, Mapping[str, float]],
+    files: Any,
+    encoder: DocumentTokenizer | None,
 ) -> dict[str, Any]:
     """What the manifest and the receipt say."""
-    rows = [asdict(_domain(work, name, folders[name])) for name in work.domains]
+    rows = [asdict(_domain(work, name, folders[name], encoder)) for name in work.domains]
     found = []
     for item in work.filters:
         for name in item.domains:
@@ -237,9 +263,7 @@ def _summary(
     return {"domains": rows, "filters": found, "files": files, "thresholds": thresholds}
 
 
-def _domain(work: Work, name: str, folder: Path) -> SiftedDomain:
-    from prismoe.data.sift.decide import reason_names
-
+def _domain(work: Work, name: str, folder: Path, encoder: DocumentTokenizer | None) -> SiftedDomain:
     documents, sizes = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for part in _training(work, name):
         why, size = (columns.read(folder, part.stem, column) for column in ("why", "size"))
@@ -250,7 +274,15 @@ def _domain(work: Work, name: str, folder: Path) -> SiftedDomain:
         for reason, words in reason_names(work).items()
         if documents[reason]
     }
-    return SiftedDomain(name, int(documents.sum()), int(sizes.sum()), int(documents[KEPT]), int(sizes[KEPT]), dropped)
+    return SiftedDomain(
+        name=name,
+        documents=int(documents.sum()),
+        bytes=int(sizes.sum()),
+        kept_documents=int(documents[KEPT]),
+        kept_bytes=int(sizes[KEPT]),
+        bytes_per_token=None if encoder is None else bytes_per_token(work, name, encoder),
+        dropped=dropped,
+    )
 
 
 def _below(work: Work, column: str, name: str, folder: Path, limit: float) -> dict[str, int]:

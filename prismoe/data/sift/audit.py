@@ -192,6 +192,7 @@ def page(found: Mapping[str, Any]) -> str:
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["size"] = _size
+    environment.filters["count"] = _count
     template = environment.from_string(
         files("prismoe.data.sift").joinpath("audit.html.jinja").read_text(encoding="utf-8")
     )
@@ -202,7 +203,10 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _totals(domains: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     names = ("documents", "bytes", "kept_documents", "kept_bytes")
-    return {name: sum(row[name] for row in domains) for name in names}
+    totals = {name: sum(row[name] for row in domains) for name in names}
+    sized = [row for row in domains if row["bytes_per_token"]]
+    lost = sum((row["bytes"] - row["kept_bytes"]) / row["bytes_per_token"] for row in sized)
+    return totals | {"tokens_dropped": round(lost)}
 
 
 def _bars(row: Mapping[str, Any], width: float, height: float) -> dict[str, Any]:
@@ -242,3 +246,11 @@ def _size(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.1f} {name}"
     return f"{number:.0f} B"
+
+
+def _count(number: float) -> str:
+    """Two or three digits: an estimate has no more."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.{0 if number >= 100 * unit else 1}f} {name}"
+    return f"{number:.0f}"

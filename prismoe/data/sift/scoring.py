@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from prismoe.data.sift.benchmarks import Benchmarks
 from prismoe.data.sift.columns import ColumnWriter
 from prismoe.data.sift.duplicates import minhash_bands, text_hashes
 from prismoe.data.sift.work import Part, Work
+from prismoe.data.tokenizer import DocumentTokenizer
 from prismoe.data.words import Batch
 from prismoe.errors import NumericalError
 
-__all__ = ["documents_of", "score_part", "texts_of"]
+__all__ = ["bytes_per_token", "documents_of", "score_part", "texts_of"]
 
 _BATCH_BYTES = 1 << 20  # text in hand at once
+_SAMPLED, _SAMPLED_BYTES = 60, 8192  # documents of a domain, and how much of each, that say how long a token is
 _LEARN_DOCUMENTS = 20_000  # that a filter may learn from, of all its domains together
 
 
@@ -108,3 +110,12 @@ def texts_of(work: Work, domains: tuple[str, ...]) -> Iterator[str]:
             yield document.text
 
     return chain.from_iterable(map(beginning, parts))
+
+
+def bytes_per_token(work: Work, domain: str, tokenizer: DocumentTokenizer) -> float | None:
+    """Of the beginnings of some training documents; None where they have no text."""
+    parts = [part for part in work.parts if part.domain == domain and part.split == "train"][:_SAMPLED]
+    each = -(-_SAMPLED // len(parts))
+    texts = [document.text[:_SAMPLED_BYTES] for part in parts for document in islice(documents_of(work, part), each)]
+    ids, _ = tokenizer.encoder.encode(texts)
+    return sum(len(text.encode()) for text in texts) / len(ids) if len(ids) else None

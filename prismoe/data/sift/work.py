@@ -20,7 +20,7 @@ from prismoe.folder import sha256_file
 __all__ = ["Deduplicate", "Filter", "Part", "Work", "plan_work"]
 
 Deduplicate = Literal["none", "exact", "near"]
-_FORMAT = 1
+_FORMAT = 2
 _PACKAGE = "prismoe.data.filters"
 
 
@@ -43,7 +43,7 @@ class Filter:
     @property
     def title(self) -> str:
         """For people: the name, and what else tells two filters of one name apart."""
-        return self.name if self.drop is None else f"{self.name} (worst {self.drop:.0%})"
+        return self.name if self.drop is None else f"{self.name} (worst {100 * self.drop:g} %)"
 
 
 @dataclass(frozen=True)
