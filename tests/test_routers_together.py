@@ -1,6 +1,7 @@
 """Policies on whole stock models: several at once, stock afterwards, computed twice, held back by K = 1, resumed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from safetensors.torch import load_file
 
 from prismoe import registry
 from prismoe.config import load_config
-from prismoe.errors import InterruptedRun, NumericalError, UsageError
+from prismoe.errors import InterruptedRun, NumericalError, ResourceError, UsageError
 from prismoe.train.alarms import in_short, warnings_of
 from prismoe.train.drift import ExpertDrift
+from prismoe.train.metrics import read_metrics
 from prismoe.train.pretrain import PretrainConfig, pretrain
 from prismoe.train.routers import arguments_of, attach_policy
 from prismoe.train.routing import GradientGuard, LoadMeter, watch
@@ -195,6 +197,32 @@ def test_noise_weights_and_biases_go_on_bit_for_bit(tmp_path):
     cosines = [line["expert_cosine"] for line in lines if line["event"] == "eval"]
     assert cosines[0] == [1.0, 1.0]
     assert all(0.5 < cosine < 0.9999 for cosine in cosines[-1])
+
+
+def test_micro_batches_of_another_size(tmp_path):
+    """Drops and selection biases are of whole sequences and steps; balance losses are not, and a run keeps its size."""
+    source = tiny_moe(tmp_path / "source")
+    domains = [domain_folder(tmp_path / "d", tokenizer=source / "tokenizer.json")]
+    settings = {"steps": 3, "seq_len": 32, "batch_size": 4, "warmup_steps": 1, "lr": 1e-2, "threads": 1}
+    settings |= {"max_epochs": 50.0, "eval_tokens": 100}
+    found = {}
+    for size in (0, 1):
+        config = PretrainConfig(**settings, router=("bias_balanced", "capacity"), micro_batch_size=size)
+        pretrain(source, config, domains=domains, out=tmp_path / f"free-{size}")
+        lines = read_metrics(tmp_path / f"free-{size}" / "metrics.jsonl")[1:-1]
+        keys = ("loss", "gradient_norm", "bias_balanced.moved", "bias_balanced.bias_max", "capacity.dropped")
+        found[size] = [[line[key] for key in keys] for line in lines]
+    assert found[0][2][4] > 0
+    for whole, parts in zip(found[0], found[1], strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+    out = tmp_path / "switch"
+    config = PretrainConfig(**settings, micro_batch_size=2)
+    with pytest.raises(InterruptedRun):
+        pretrain(source, replace(config, max_steps=2), domains=domains, out=out)
+    with pytest.raises(ResourceError, match=r"pretrain\.sequences_at_once was 2, is 4"):
+        pretrain(source, replace(config, micro_batch_size=0), domains=domains, out=out)
+    assert pretrain(source, config, domains=domains, out=out).resumed_from == 2
 
 
 def test_drift_is_the_cosine_of_the_weights():

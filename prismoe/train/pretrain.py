@@ -146,6 +146,8 @@ def pretrain(
         _check_room(out, config, layout, num_parameters=num_parameters, vocab_size=origin.config.get("vocab_size", 0))
     parents = {**origin.parents, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
     decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    if origin.num_experts:  # balance statistics are those of what all processes compute at once
+        decisive["sequences_at_once"] = config.micro_batch_size * layout.world or config.batch_size
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
     job = {"pretrain": decisive, "weights": settings["weights"], "parents": parents}
     if dry_run:

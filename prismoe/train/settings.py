@@ -16,7 +16,10 @@ MAY_CHANGE = (
     *("device", "replicate", "expert_parallel", "micro_batch_size", "recompute"),
     *("max_steps", "processes", "hardware", "keep_memory"),
 )
-"""Settings that may be others when a run goes on: when its state is saved, where and in what parts it is computed."""
+"""Settings that may be others when a run goes on: when its state is saved, where and in what parts it is computed.
+
+The parts in which a mixture is computed are bound by its balance losses: see `PretrainConfig`.
+"""
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -54,9 +57,10 @@ class PretrainConfig:
     fine), is left out; after `skip_limit` of them in a row the run goes back to its last checkpoint and on with other
     text, `rollbacks` times at most.
     Under torchrun the training state is sharded over all processes, in `replicate` copies; `expert_parallel` processes
-    share out whole experts. `batch_size` is that of all processes together, `micro_batch_size` that of one. A process
-    that stays in one phase for `timeout` seconds ends the run. A dry run speaks of `processes` (0: those that were
-    launched) on `hardware`, a name of `train.speed`.
+    share out whole experts. `batch_size` is that of all processes together, `micro_batch_size` that of one. Balance
+    losses are ratios of sums over the sequences that all processes compute at once: of a mixture `micro_batch_size` ·
+    processes has to stay when a run goes on (0 always does). A process that stays in one phase for `timeout` seconds
+    ends the run. A dry run speaks of `processes` (0: those that were launched) on `hardware`, a name of `train.speed`.
     """
 
     model: Literal["moe", "online", "dense"] = "moe"
