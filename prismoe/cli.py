@@ -76,6 +76,7 @@ def _parser() -> _Parser:
     parser.add_argument("--compare", nargs=2)
     parser.add_argument("--part")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--max-steps", type=int)
     return parser
 
 
@@ -92,6 +93,7 @@ options:
   --compare A B  with plan: how far two plan files agree
   --part I/N   with prepare: only the I-th of N shares of the work, then once without it; a Slurm array of 64:
                sbatch --array=1-64 --wrap 'prismoe prepare CONFIG.yaml --part $SLURM_ARRAY_TASK_ID/64'
+  --max-steps N  with pretrain or run: train N steps at most in this command, saved; the same command continues
   --json       one JSON object on stdout, nothing else
   --debug      the traceback of an error
   --version    version
@@ -134,6 +136,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--compare with {flags.verb}", needed="prismoe plan --compare PLAN PLAN")
     if flags.part is not None and flags.verb not in ("prepare", None):
         raise UsageError(f"--part with {flags.verb}", needed="prismoe prepare CONFIG.yaml --part I/N")
+    if flags.max_steps is not None and flags.verb not in ("pretrain", "run", None):
+        raise UsageError(f"--max-steps with {flags.verb}", needed="prismoe pretrain or prismoe run")
     return flags
 
 

@@ -60,6 +60,7 @@ def test_help_of_a_verb_lists_its_keys_with_defaults(capsys: pytest.CaptureFixtu
     shared = next(line for line in lines if line and line[0] == "plan.shared")  # an argument of some methods
     assert shared[1:3] == ["0", "integer"]
     assert {"random,", "upcycle)"} <= set(shared)
+    assert ["plan.prompts", "null", "list", "of", "lists", "of", "texts", "or", "nothing"] in lines
     assert not any(line and line[0].startswith("pretrain.") for line in lines)
 
 
@@ -73,6 +74,7 @@ def test_help_of_a_verb_lists_its_keys_with_defaults(capsys: pytest.CaptureFixtu
         (["show"], "nothing to show; needed a run folder"),
         (["run", "absent.yaml"], "absent.yaml: cannot read it: No such file or directory; needed a YAML config"),
         (["plan", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["eval", "--max-steps", "3"], "--max-steps with eval; needed prismoe pretrain or prismoe run"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(
@@ -203,6 +205,21 @@ def test_a_stopped_run_is_code_75_and_the_same_command_goes_on(tmp_path: Path) -
     assert err.strip().splitlines()[-1].startswith(f"prismoe: {tmp_path}/run/train: stopped by SIGINT after step")
     again = command("run", str(path), "--dry-run")
     assert again.returncode == 0, again.stderr
+
+
+def test_some_steps_at_a_time_and_the_lines_that_launch_them(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What is typed for one process is what the launchers are told to type for many."""
+    folder = copy_of(tmp_path)
+    typed = ["pretrain", str(folder), "pretrain.lr=0.002"]
+    code, err = fails(capsys, *typed, "--max-steps", "2", "--force")
+    assert (code, "stopped by max_steps after step 2 of 6" in err) == (75, True)
+    assert main([*typed, "--dry-run", "--json", "--seed", "3"]) == 0
+    launch = json.loads(capsys.readouterr().out)["launch"]
+    assert launch["torchrun"].endswith(
+        f" -m prismoe pretrain {folder}/run.yaml pretrain.lr=0.002 --out {folder} --seed 3"
+    )
 
 
 def test_debug_shows_the_traceback_and_nothing_else_does(tmp_path: Path) -> None:

@@ -227,6 +227,10 @@ def test_overrides_go_over_the_file_with_the_same_checks(tmp_path: Path) -> None
         "runs/a=b",
         5,
     )
+    given = ["plan.num_experts=8", "plan.layers=[0, 2]", "out=runs/a=b"]
+    words = config.words()
+    assert (words[0], sorted(words[1:4]), words[4:]) == (str(tmp_path / "run.yaml"), sorted(given), ["--seed", "5"])
+    assert load_config(overrides=["plan.top_k=3"], source="m", out="o").words() == ["m", "plan.top_k=3", "--out", "o"]
     line = refuse(tmp_path, text, overrides=["plan.num_experts=many", "plan.topk=2", "seed.x=1"])
     assert line.splitlines() == [
         "plan.topk=2: unknown key plan.topk (hint: did you mean top_k?)",

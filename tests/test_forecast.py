@@ -142,3 +142,6 @@ def test_launch_lines():
     assert job["spec"]["completions"] == 64
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["command"][2].endswith("-m prismoe pretrain run.yaml")
+    quoted = launch_lines(Layout(16), command="pretrain 'my run.yaml' 'data.weights={a: \"1\"}'")["kubernetes"]
+    (container,) = yaml.safe_load(quoted)["spec"]["template"]["spec"]["containers"]
+    assert container["command"][2].endswith("-m prismoe pretrain 'my run.yaml' 'data.weights={a: \"1\"}'")

@@ -9,7 +9,8 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prismoe import registry
 from prismoe.config.settings import Config, DomainConfig, PlanConfig
@@ -131,7 +132,15 @@ def type_text(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
     if get_origin(hint) in (list, tuple):
-        return f"list of {type_text(get_args(hint)[0])}s"
+        return f"list of {_several(get_args(hint)[0])}"
     if get_origin(hint) is dict:
-        return f"mapping of names to {type_text(get_args(hint)[1])}s"
+        return f"mapping of names to {_several(get_args(hint)[1])}"
     return words.get(hint) or " or ".join(type_text(part) for part in get_args(hint))
+
+
+def _several(hint: Any) -> str:
+    """`type_text` in the plural."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_several, get_args(hint)))
+    first, space, rest = type_text(hint).partition(" ")
+    return f"{first}s{space}{rest}"

@@ -141,6 +141,16 @@ class Config:
         written = self.places.get(key)
         return f"{written}: {key}" if written and key and not written.startswith(key) else written or key
 
+    def words(self) -> list[str]:
+        """The arguments of a command that reads this config again: its file or model, overrides and options."""
+        origin, given = self.place(""), dict.fromkeys(self.places.values())
+        options = dict(where[2:].split(" ", 1) for where in given if where.startswith("--"))
+        subject = (
+            [origin] if origin.endswith((".yaml", ".yml")) else [options.pop("source")] if "source" in options else []
+        )
+        overrides = [where for where in given if where.partition("=")[0] in self.places]
+        return [*subject, *overrides, *(word for key, value in options.items() for word in (f"--{key}", value))]
+
     def to_dict(self) -> dict[str, Any]:
         """The keys as a config file holds them: `load_config` of their YAML gives an equal config."""
         found = {key: value for key, value in asdict(self).items() if value is not None and key != "places"}

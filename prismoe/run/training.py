@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from prismoe.train.engine.layout import Layout, launched
@@ -63,8 +64,7 @@ def _forecast(work: Work) -> dict[str, Any]:
         micro_batch_size=settings.micro_batch_size,
         num_experts=experts if experts > 1 else 0,
     )
-    written = work.config.place("")
-    command = f"pretrain {written if written.endswith(('.yaml', '.yml')) else work.config.out}"
+    command = shlex.join(["pretrain", *work.config.words()])
     return forecast(model, settings, layout, where=where, command=command).to_dict()
 
 

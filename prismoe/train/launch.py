@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from prismoe.train.engine.layout import Layout
 
 __all__ = ["launch_lines"]
@@ -63,7 +65,7 @@ def _kubernetes(torchrun: str, nodes: int, here: int) -> str:
             "      containers:",
             "        - name: train",
             "          image: prismoe",
-            f"          command: [bash, -c, {line!r}]",
+            f"          command: [bash, -c, {json.dumps(line)}]",
             "          resources:",
             f"            limits: {{nvidia.com/gpu: {here}}}",
             "          volumeMounts:",

@@ -34,6 +34,8 @@ class Job:
         overrides = self.overrides
         if self.flags.engines is not None:
             overrides = (*overrides, f"convert.engines={self.flags.engines}")
+        if self.flags.max_steps is not None:
+            overrides = (*overrides, f"pretrain.max_steps={self.flags.max_steps}")
         fixed = {key: getattr(self.flags, key) for key in ("out", "seed") if getattr(self.flags, key) is not None}
         if self.subject is None:
             return load_config(overrides=overrides, **fixed)
