@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from prismoe.cli import main
 from prismoe.config import load_config
 from prismoe.data.prepare import DomainSource
 from prismoe.data.sift import FilterSpec, Sifted, sift
 from prismoe.data.sift.decide import _order_statistic
-from prismoe.errors import InputError, PrismoeError, ResourceError, UsageError
+from prismoe.errors import InputError, NumericalError, PrismoeError, ResourceError, UsageError
 from tests.text import jsonl
 from tests.tiny import tiny_dense
 
@@ -82,6 +85,40 @@ def test_the_worst_share_of_each_domain_goes(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "audit.html").read_text()
     assert "<script" not in page
     assert "http" not in page
+
+
+def test_a_score_that_is_not_finite_is_told_with_its_document(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_dense(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    domains = {"web": source(tmp_path, "web", ["", *map(prose, range(20))])}
+    fluency = FilterSpec("perplexity", domains="all", arguments={"model": str(model)})
+    with pytest.raises(NumericalError, match=r"web.jsonl:2: a score of filter perplexity that is not finite"):
+        run(tmp_path, domains, filters=[fluency])
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_tokens_are_estimated_where_the_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_dense(tmp_path / "model")
+    texts = [prose(1), "too short", prose(2)]
+    rules = [FilterSpec("gopher", domains="all")]
+    found = run(tmp_path, {"web": source(tmp_path, "web", texts)}, filters=rules, tokenizer=model)
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode_batch(texts, add_special_tokens=False)
+    expected = sum(map(len, texts)) / sum(len(encoding.ids) for encoding in ids)
+    assert found.domains[0].bytes_per_token == pytest.approx(expected)
+    assert "tokens dropped, about" in (tmp_path / "out" / "audit.html").read_text()
+    assert main(["show", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens dropped*" in shown
+    assert "thresholds" not in shown  # rules have none of their own
+    plain = sift({"web": DomainSource((str(tmp_path / "web.jsonl"),))}, out=tmp_path / "plain", filters=rules)
+    assert plain.domains[0].bytes_per_token is None
+    assert "tokens" not in (tmp_path / "plain" / "audit.html").read_text().partition("<body>")[2]
+    assert Sifted.read(tmp_path / "plain") == dataclasses.replace(plain, state="kept", files_scored=0, seconds=0.0)
 
 
 def test_texts_are_escaped_in_the_page(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prismoe.data import words
+from prismoe.data import keys, words
+from prismoe.data.keys import read_keys
 from prismoe.data.words import STOP_WORDS, Batch, ngrams
 
 
@@ -24,6 +28,59 @@ def test_keys_forget_case_marks_accents_and_numbers() -> None:
     assert keys.ends.tolist() == [4, 8, 9]
     assert keys.hashes[:4].tolist() == keys.hashes[4:8].tolist()
     assert len(set(keys.hashes.tolist())) == 5
+
+
+# Pieces of words, numbers, accents, other alphabets, and marks that are three bytes long.
+ATOMS = [
+    "word",
+    "Ä",
+    "é",
+    "3",
+    "42",
+    "3.5",
+    "1,000",
+    ".",
+    ",",
+    " ",
+    "  ",
+    "\n",
+    "-",
+    "’",
+    "—",
+    "…",
+    "\u00a0",
+    "_",
+    "д",
+    "漢",
+]
+
+
+def words_of(text: str) -> list[str]:
+    """The same by regular expressions."""
+    text = "".join(mark for mark in unicodedata.normalize("NFKD", text).lower() if not unicodedata.combining(mark))
+    return ["0" if word[0].isdigit() else word for word in re.findall(r"\d+(?:[.,]\d+)*|[^\W\d_]+", text)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(ATOMS), max_size=12).map("".join), min_size=1, max_size=4), st.integers(8, 40))
+def test_keys_are_the_words_whatever_the_blocks(texts: list[str], block: int) -> None:
+    whole, keys._BLOCK = keys._BLOCK, max(block, *(len(text.encode()) + 1 for text in texts))
+    try:
+        found = read_keys(texts)
+    finally:
+        keys._BLOCK = whole
+    expected = [words_of(text) for text in texts]
+    assert found.ends.tolist() == np.cumsum([len(words) for words in expected]).tolist()
+    alone = [int(read_keys([word]).hashes[0]) for words in expected for word in words]
+    assert found.hashes.tolist() == alone
+    assert len(set(alone)) == len({word for words in expected for word in words})
+
+
+def test_a_word_longer_than_a_block_is_cut_at_one_place_wherever_it_stands() -> None:
+    word = "".join(chr(97 + i % 26) for i in range(3 * keys._BLOCK))
+    alone = read_keys([word]).hashes.tolist()
+    assert len(alone) == 3
+    assert read_keys(["some words", f"before {word} after"]).hashes.tolist()[3:-1] == alone
 
 
 def test_stop_words_are_marked() -> None:
