@@ -108,6 +108,17 @@ def test_part_on_the_command_line(tmp_path: Path, tokenizer: Path, capsys: pytes
     for part in ("1/2", "2/2"):
         assert main([*command, "data.heldout_fraction=0.2", "--part", part]) == 0
         assert json.loads(capsys.readouterr().out)["domains"][0]["status"] == "part"
+    command[-1:] = ["data.heldout_fraction=0.2", "--json"]
+    assert main(command) == 0
+    shard_file = tmp_path / "run" / "data" / "d" / "train-00001-000.tokens"
+    shard_file.write_bytes(shard_file.read_bytes()[:-2])  # a finished run, asked by name, looks at what it has
+    capsys.readouterr()
+    assert main(command) == 3
+    assert "train-00001-000.tokens: " in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    (tmp_path / "file").touch()
+    assert main(["prepare", str(config), "--out", str(tmp_path / "file"), "source=" + str(tokenizer)]) == 4
+    assert "file: cannot make the output folder: File exists" in capsys.readouterr().err
     assert main([*command, "--part", "x"]) == 2
     assert "--part x; needed I/N, for instance 3/64" in capsys.readouterr().err
     assert main(["plan", "--part", "1/2"]) == 2

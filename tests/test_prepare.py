@@ -189,7 +189,7 @@ def test_killed_anywhere_the_same_command_gives_the_same_bytes(tmp_path: Path, t
     whole = run(tmp_path / "whole", 0)
     points = int(whole.stdout)
     assert points > 30, whole.stderr
-    for count in range(1, points + 1, points // 9):
+    for count in range(1, points + 1, points // 4):
         out = tmp_path / f"killed{count}"
         assert run(out, count).returncode == -signal.SIGKILL
         finished = run(out, 0)
@@ -251,6 +251,19 @@ def test_bad_documents_are_left_out_and_counted_up_to_a_limit(tmp_path: Path, to
     assert row.splits["train"].num_documents == len(texts)
     assert Domain.open(tmp_path / "out" / "d").tokens().tolist() == reference_ids(tokenizer, texts)
     assert one(tmp_path, tokenizer, path).domains[0] == replace(row, status="kept")
+
+
+def test_tokens_of_an_earlier_version(tmp_path: Path, tokenizer: Path) -> None:
+    """Once a split was one file `train.tokens`, and its manifest knew of no shards."""
+    one(tmp_path, tokenizer, jsonl(tmp_path / "a.jsonl", TEXTS))
+    path = tmp_path / "out" / "d" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["config"]["shards"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError, match=r"earlier version of prismoe \(hint: make them again with `prismoe prepare --f"
+    ):
+        Domain.open(path.parent)
 
 
 def test_bad_sources(tmp_path: Path, tokenizer: Path) -> None:

@@ -85,8 +85,14 @@ class Domain:
         manifest = Manifest.read(folder)
         if manifest is None or manifest.kind != KIND:
             raise InputError("not a prepared domain", where=str(folder), hint="make it with `prismoe prepare`")
+        config = manifest.config
+        if "shards" not in config:
+            raise InputError(
+                "tokens of an earlier version of prismoe",
+                where=str(folder),
+                hint="make them again with `prismoe prepare --force`",
+            )
         try:
-            config = manifest.config
             domain = cls(
                 name=str(config["name"]),
                 folder=folder,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismoe.errors import InputError, UsageError
+from prismoe.errors import InputError, ResourceError, UsageError
 from prismoe.folder import MARKER, claim, write_atomic, write_json_atomic
 from prismoe.progress import Progress, quiet
 from prismoe.run.stages import STAGES, Work
@@ -107,7 +107,8 @@ def run(
             started, stage = time.monotonic(), STAGES[name]
             key = _late_key(name, keys, state)
             record = state.get(name)
-            asked = stages is not None and name == "report"  # by name: written again, perhaps by a newer version
+            # By name: a report is written again, perhaps by a newer version; prepare checks every shard that it has.
+            asked = stages is not None and name in ("report", "prepare")
             if (
                 record
                 and record["key"] == key
@@ -149,7 +150,10 @@ def _checkable(config: Config, name: str) -> bool:
 
 def run_folder(out: Path) -> None:
     """Mark `out` as a run's folder where it is new, or holds nothing that a stage would write."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error
     ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}
     if not (out / MARKER).exists() and not any((out / name).exists() for name in ours):
         write_json_atomic(out / MARKER, {"kind": "run", "key": "run"})
