@@ -41,7 +41,7 @@ GOPHER = {
     "fewer than 2 common words": DISTINCT,
     "repeated paragraphs": PROSE + "\n\nThe end of it.\n\nThe end of it.\n\nThe end of it.",
     "repeated lines": PROSE + "\nThe end of it." * 4,
-    "one 2-gram is over 20%": "the and that to " + DISTINCT + " incredibly wonderful" * 13,
+    "one 2-gram is over 20 %": "the and that to " + DISTINCT + " incredibly wonderful" * 13,
     "passes": PROSE,
 }
 

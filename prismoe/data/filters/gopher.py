@@ -40,8 +40,8 @@ REASONS = (
     "fewer than 2 common words",
     "repeated paragraphs",
     "repeated lines",
-    *(f"one {size}-gram is over {share:.0%}" for size, share in MAX_TOP.items()),
-    *(f"repeated {size}-grams are over {share:.0%}" for size, share in MAX_DUPLICATE.items()),
+    *(f"one {size}-gram is over {100 * share:g} %" for size, share in MAX_TOP.items()),
+    *(f"repeated {size}-grams are over {100 * share:g} %" for size, share in MAX_DUPLICATE.items()),
 )
 _PARAGRAPH, _LINE = re.compile(r"\n{2,}"), re.compile(r"\n+")
 
