@@ -122,7 +122,11 @@ def weights(folder):
 
 def contents(out):
     skipped = ("prismoe.json", "timing.jsonl")
-    files = [path for path in out.rglob("*") if path.is_file() and path.name not in skipped]
+    files = [
+        path
+        for path in out.rglob("*")
+        if path.is_file() and path.name not in skipped and "tensorboard" not in path.parts
+    ]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 

@@ -55,7 +55,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def timeless(path: Path) -> bool:
     """The clock is kept apart from everything whose bytes are promised."""
-    return path.is_file() and path.name != "timing.jsonl"
+    return path.is_file() and path.name != "timing.jsonl" and "tensorboard" not in path.parts
 
 
 class SignalAt:

@@ -20,7 +20,9 @@ STAGES = ("plan", "convert", "verify", "prepare", "pretrain", "eval", "report")
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timing.jsonl")
+    """Of everything but what holds clocks."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "timing.jsonl")
+    files = (path for path in paths if "tensorboard" not in path.parts)
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

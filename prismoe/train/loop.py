@@ -21,6 +21,7 @@ from prismoe.train.heldout import LeftEarly, heldout_losses
 from prismoe.train.metrics import MetricsLog
 from prismoe.train.routers import attach_policy
 from prismoe.train.routing import watch
+from prismoe.train.scalars import SCALARS, Scalars
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.speed import TIMING, Timing, flops_per_token
 from prismoe.train.stopping import StopRequest
@@ -105,9 +106,12 @@ class _Run:
         self.step, self.evaluated, position = 0, False, 0
         self.lowest, self.no_better = math.inf, 0  # mean held-out loss, and evaluations in a row that did not lower it
         found = checkpoints.latest(self.folder, self.engine)
+        muted = not self.engine.first
+        self.scalars = Scalars(out / SCALARS, muted=muted)
         if found is not None:
             position = self._restore(found)
-        muted = not self.engine.first
+        else:
+            self.scalars.begin(None)
         self.log = MetricsLog(out / "metrics.jsonl", position=position, muted=muted)
         flops = flops_per_token(trainer.model, seq_len=self.config.seq_len)
         engine = self.engine
@@ -117,6 +121,7 @@ class _Run:
         self.timing.close()
         self.log.sync()
         self.log.close()
+        self.scalars.close()
 
     def through(self) -> Finished:
         """Every step that is left, then the last evaluation."""
@@ -146,7 +151,8 @@ class _Run:
             self.timing.begin()
             line = self.trainer.step(self.step)
             clock = self.timing.step(self.step + 1, line["tokens"])
-            self.log.write(line)
+            self._note(line)
+            self.scalars.add("timing", clock)
             if line["event"] == "skipped" and self.health.must_go_back:
                 self._go_back(line["found"])
                 continue
@@ -199,19 +205,24 @@ class _Run:
             return False
         if trainer.routers:
             found["expert_cosine"] = self.drift.cosines()
-        self.log.write({"event": "eval", "step": self.step, **found})
+        self._note({"event": "eval", "step": self.step, **found})
         losses = {name: entry["loss"] for name, entry in found["heldout"].items()}
         mean = sum(losses.values()) / len(losses)
         self.no_better = 0 if mean < self.lowest else self.no_better + 1
         self.lowest = min(self.lowest, mean)
         moved = self.mixing.update(self.step + self.health.passed_over, losses)
         if moved is not None:
-            self.log.write(moved)
+            self._note(moved)
         return True
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.log.write(line)
+        self.scalars.add(line["event"], line)
 
     def _save(self) -> None:
         trainer = self.trainer
         self.log.sync()
+        self.scalars.flush()
         state = {
             "step": self.step,
             "log": self.engine.from_first(self.log.position),
@@ -243,6 +254,7 @@ class _Run:
         lowest, self.no_better = state["heldout"]
         self.lowest = math.inf if lowest is None else float(lowest)
         self.step, self.evaluated = int(state["step"]), bool(state["evaluated"])
+        self.scalars.begin(self.step)
         return int(state["log"])
 
     def _go_back(self, found: str) -> None:
@@ -255,4 +267,4 @@ class _Run:
         bad = self.step + 1
         self._restore(there)
         health.restore({**counters, "norms": health.state()["norms"]})
-        self.log.write({"event": "rollback", "step": bad, "to": self.step, "passed_over": health.passed_over})
+        self._note({"event": "rollback", "step": bad, "to": self.step, "passed_over": health.passed_over})
