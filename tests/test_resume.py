@@ -13,7 +13,7 @@ import pytest
 from prismoe.errors import InputError, InterruptedRun, ResourceError
 from prismoe.folder import Manifest
 from prismoe.train.metrics import MetricsLog, read_metrics
-from prismoe.train.pretrain import PretrainConfig, pretrain
+from prismoe.train.pretrain import PretrainConfig, _as_recorded, pretrain
 from tests.training import domain_folder, tiny_moe
 
 CONFIG = PretrainConfig(
@@ -185,6 +185,20 @@ def test_killed_at_a_sync(tmp_path, source, domains, unstopped, at):
     assert Manifest.read(out) is None
     pretrain(source, CONFIG, domains=domains, out=out)
     assert contents(out) == unstopped
+
+
+def test_a_setting_that_a_later_version_added_is_no_change_while_it_has_its_default(tmp_path):
+    begun = {"pretrain": {"lr": 1e-3, "steps": 5}, "weights": {"a": 1.0}, "parents": {}}
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(begun))
+
+    def now(**later):
+        return {**begun, "pretrain": {**begun["pretrain"], **later}}
+
+    assert _as_recorded(path, now(spike=50.0, betas=(0.9, 0.95))) == begun
+    for other in (now(spike=10.0), now(lr=2e-3, spike=50.0), {**now(), "parents": {"source": "x"}}):
+        assert _as_recorded(path, other) == other
+    assert _as_recorded(tmp_path / "absent", now()) == now()
 
 
 def test_a_damaged_checkpoint_is_an_error_and_not_a_start_from_zero(tmp_path, source, domains):

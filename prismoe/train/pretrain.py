@@ -150,6 +150,7 @@ def pretrain(
         decisive["sequences_at_once"] = config.micro_batch_size * layout.world or config.batch_size
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
     job = {"pretrain": decisive, "weights": settings["weights"], "parents": parents}
+    job = _as_recorded(out / SETTINGS, job)
     if dry_run:
         return None
     from prismoe.train.engine import Engine
@@ -195,6 +196,20 @@ def _claimed(out: Path, job: dict[str, Any], engine: Engine, *, force: bool) -> 
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         engine.barrier("rank 0 has the folder")
         yield
+
+
+def _as_recorded(path: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """The job that was begun in the folder where `job` is the same: settings of later versions have their defaults."""
+    try:
+        before = json.loads(path.read_bytes())
+        known = before["pretrain"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return job
+    now, defaults = json.loads(json.dumps([job, asdict(PretrainConfig())]))
+    now["pretrain"] = {
+        key: value for key, value in now["pretrain"].items() if key in known or value != defaults.get(key)
+    }
+    return before if now == before else job
 
 
 def _differences(path: Path, job: Mapping[str, Any]) -> list[str]:
