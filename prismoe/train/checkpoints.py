@@ -3,6 +3,7 @@
 One folder per checkpoint, `step-00000100/`, complete when its manifest is there. Every process writes what it holds
 into a file of its own; a header says where in the whole each piece lies, so any other number of processes can read
 it. There is no RNG state to keep: batches and every draw of a step are functions of (seed, step).
+Saving is synchronous: training goes on when the manifest is written, so that there is always one whole checkpoint.
 """
 
 from __future__ import annotations
