@@ -120,7 +120,8 @@ def run(
             else:
                 receipt = json.loads(json.dumps(stage.work(work)))  # as a kept stage has it
                 seconds = round(time.monotonic() - started, 3)
-                done.append(Done(name, "checked" if dry_run else "made", seconds, receipt))
+                found = "kept" if _nothing_new(receipt) else "made"
+                done.append(Done(name, "checked" if dry_run else found, seconds, receipt))
                 if writes:
                     state[name] = {
                         "key": key,
@@ -205,6 +206,12 @@ def _keys(work: Work) -> dict[str, str]:
             parts = [work.checkpoint.fingerprint, dict(stage.decides(work.config)), after]
             keys[name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return keys
+
+
+def _nothing_new(receipt: Mapping[str, Any]) -> bool:
+    """Whether `prepare` found every domain finished: it was called to check them."""
+    statuses = {domain.get("status") for domain in receipt.get("domains", ()) if isinstance(domain, dict)}
+    return statuses == {"kept"}
 
 
 def _late_key(name: str, keys: Mapping[str, str], state: Mapping[str, Any]) -> str:
