@@ -1,6 +1,8 @@
-"""Writes docs/targets.md from the golden cases and from the tables of the product; a test asserts that it is current.
+"""Writes docs/targets.md and its short form in README.md from the golden cases and from the tables of the product.
 
-`python -m tests.matrix` writes it.
+A test asserts that both are current.
+
+`python -m tests.matrix` writes them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from prismoe.targets import find_target
 from tests import golden
 
 PAGE = Path(__file__).parents[1] / "docs" / "targets.md"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- python -m tests.matrix -->\n", "<!-- end -->\n"
 KINDS = {"partition": "partition", "shared": "shared", "upcycle": "copies", "absorbed": "absorbed"}
 
 HEAD = """\
@@ -67,6 +71,27 @@ def _kind(name: str) -> str:
 def page() -> str:
     """The whole of docs/targets.md."""
     return "\n".join([HEAD, *_sources(), "", *_engines(), "", WIDTHS, *_refused(), ""])
+
+
+def readme() -> str:
+    """README.md with its table made anew: ✓ for a pair that a golden test holds, else the field that forbids it."""
+    families = {"LLaMA 2, 3.0": "llama2", "LLaMA 3.1+, tied": "llama3.1 tied", "Mistral": "mistral"}
+    families |= {"Mistral, window": "mistral window", "Qwen2, 2.5": "qwen2 tied", "Qwen3": "qwen3", "Phi-3": "phi3"}
+    families |= {"OLMo 2": "olmo2", "Granite": "granite", "Ernie 4.5": "ernie4_5", "Cohere2": "cohere2"}
+    families |= {"HunYuan": "hunyuan"}
+    tested = {(source, target) for source, target, _ in golden.CASES.values()}
+    lines = ["| | " + " | ".join(PREFERRED) + " |", "|---|" + "---|" * len(PREFERRED)]
+    for shown, source in families.items():
+        dense = model(source)
+        cells = []
+        for target in PREFERRED:
+            objections = find_target(target).objections(dense, _shape(dense.num_layers))
+            blank = objections[0].field if objections else ""
+            cells.append("✓" if (source, target) in tested else blank)
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    before, _, rest = README.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    return before + BEGIN + "\n".join(lines) + "\n" + END + after
 
 
 def _sources() -> list[str]:
@@ -127,3 +152,4 @@ def _refused() -> list[str]:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    README.write_text(readme())

@@ -181,3 +181,4 @@ def test_for_gguf_warns_of_widths_that_k_quants_do_not_have(capsys: pytest.Captu
 
 def test_the_page_of_targets_is_current() -> None:
     assert matrix.PAGE.read_text() == matrix.page(), "python -m tests.matrix"
+    assert matrix.README.read_text() == matrix.readme(), "python -m tests.matrix"
