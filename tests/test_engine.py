@@ -10,6 +10,7 @@ from torch.distributed import HashStore
 
 from prismoe.errors import InterruptedRun, NumericalError, UsageError
 from prismoe.train.engine.watchdog import Watchdog, behind
+from prismoe.train.fit import num_experts
 from prismoe.train.health import Health
 from prismoe.train.metrics import read_metrics
 from prismoe.train.pretrain import PretrainConfig, pretrain
@@ -158,3 +159,9 @@ def test_who_holds_up_the_others():
     assert "rank 1 has not moved from phase 'backward' for 30 s" in str(behind(places, me=0, stood=30.0, now=101.0))
     places[1] = place(8, 60.0)
     assert "rank 1 has said nothing since phase 'backward'" in str(behind(places, me=0, stood=30.0, now=101.0))
+
+
+@pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"])
+def test_every_spelling_of_the_number_of_experts_is_known(name: str) -> None:
+    assert num_experts({name: 8}) == 8
+    assert num_experts({name: 1}) == num_experts({name: None}) == num_experts({}) == 0

@@ -53,16 +53,16 @@ def _online(work: Work) -> dict[str, Any]:
 
 def _forecast(work: Work) -> dict[str, Any]:
     """What the run would need, from shapes alone; the processes are those that the config or the launcher speaks of."""
+    from prismoe.train.fit import num_experts
     from prismoe.train.forecast import forecast
 
     settings = work.config.need("pretrain")
     model, where = _model_config(work)
-    experts = max(model.get(name) or 0 for name in ("num_local_experts", "num_experts"))
     layout = Layout(settings.processes or launched()[1], settings.replicate, settings.expert_parallel)
     layout.check(
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,
-        num_experts=experts if experts > 1 else 0,
+        num_experts=num_experts(model),
     )
     command = shlex.join(["pretrain", *work.config.words()])
     return forecast(model, settings, layout, where=where, command=command).to_dict()

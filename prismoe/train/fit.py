@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
 
-__all__ = ["check_fit"]
+__all__ = ["check_fit", "num_experts"]
+
+# Under one of these names a stock config says how many routed experts a layer has.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_fit(checkpoint: Checkpoint, domains: Iterable[Domain], *, seq_len: int) -> None:
@@ -37,3 +41,9 @@ def check_fit(checkpoint: Checkpoint, domains: Iterable[Domain], *, seq_len: int
                 needed=f"that of {checkpoint.folder}",
                 hint="prepare it again with the tokenizer of the model",
             )
+
+
+def num_experts(config: Mapping[str, Any]) -> int:
+    """Routed experts of a layer by a model's config.json, 0 for a dense model (one expert is no choice)."""
+    found = max(config.get(name) or 0 for name in _EXPERTS)
+    return int(found) if found > 1 else 0

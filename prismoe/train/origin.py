@@ -19,6 +19,7 @@ from prismoe.plan import Plan, plan_shape
 from prismoe.recipe import Copy, Recipe
 from prismoe.target import absorbed, output_config
 from prismoe.targets import find_target
+from prismoe.train.fit import num_experts
 
 __all__ = ["Origin"]
 
@@ -81,9 +82,7 @@ class Origin:
     @property
     def num_experts(self) -> int:
         """Routed experts of a layer, 0 for a dense model."""
-        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        found = max(self.config.get(name) or 0 for name in names)
-        return int(found) if found > 1 else 0
+        return num_experts(self.config)
 
     def plan(self) -> Plan | None:
         """The plan of the mixture, where one is known.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prismoe.errors import NumericalError, UsageError
+from prismoe.train.fit import num_experts
 from prismoe.train.routers import AllReduce, Router, identity
 
 __all__ = ["GradientGuard", "LoadMeter", "watch"]
@@ -32,7 +33,7 @@ def watch(model: Any) -> Iterator[list[Router]]:
         for name, module in model.named_modules():
             if isinstance(module, kind):
                 routers.append(Router(name, module, int(module.num_experts), int(module.top_k)))
-    if not routers and _num_experts(model) > 1:
+    if not routers and num_experts(model.config.to_dict()):
         raise UsageError(
             "a mixture whose routers are not declared by its class",
             where=str(model.config.model_type),
@@ -46,10 +47,6 @@ def watch(model: Any) -> Iterator[list[Router]]:
             handle.remove()
         for router in routers:
             router.forget()
-
-
-def _num_experts(model: Any) -> int:
-    return max(getattr(model.config, name, None) or 0 for name in ("num_local_experts", "num_experts"))
 
 
 class LoadMeter:
