@@ -22,12 +22,16 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class Verb:
-    """`keys` are the config sections that the verb reads, `options` a dataclass of its own ones, for its help."""
+    """`keys` are the config sections that the verb reads, `options` a dataclass of its own ones, for its help.
+
+    `dry` says whether there is something to check before the work itself.
+    """
 
     work: Callable[[Job], dict[str, Any]]
     what: str
     keys: tuple[str, ...] = ()
     options: str = ""
+    dry: bool = True
 
 
 VERBS: dict[str, Verb] = {
@@ -36,7 +40,10 @@ VERBS: dict[str, Verb] = {
     "verify": Verb(stages.verify, "prove that the mixture is the dense model, cut as planned", ("verify",)),
     "sift": Verb(stages.stages, "drop text that is not worth training on, with an audit to look at", ("data",)),
     "train-filter": Verb(
-        filters.train_filter, "a linear filter from texts to keep and texts to drop", options="TrainFilterOptions"
+        filters.train_filter,
+        "a linear filter from texts to keep and texts to drop",
+        options="TrainFilterOptions",
+        dry=False,
     ),
     "prepare": Verb(stages.prepare, "turn the text of each domain into tokens", ("data",)),
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
@@ -50,6 +57,7 @@ VERBS: dict[str, Verb] = {
         mixing.reference_loss,
         "MODEL DATA: held-out losses by domain, for dynamic mixing rules",
         options="ReferenceOptions",
+        dry=False,
     ),
     "show": Verb(
         show.show, "describe a run, a model, a plan (with a picture), a domain or a config", options="ShowOptions"
@@ -134,6 +142,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"unknown verb {flags.verb!r}", needed=f"one of {', '.join(VERBS)}", hint=hint)
     if flags.compare is not None and flags.verb not in ("plan", None):
         raise UsageError(f"--compare with {flags.verb}", needed="prismoe plan --compare PLAN PLAN")
+    if flags.dry_run and flags.verb is not None and not VERBS[flags.verb].dry:
+        raise UsageError(f"--dry-run with {flags.verb}", needed="a verb with something to check before its work")
     if flags.part is not None and flags.verb not in ("prepare", None):
         raise UsageError(f"--part with {flags.verb}", needed="prismoe prepare CONFIG.yaml --part I/N")
     if flags.max_steps is not None and flags.verb not in ("pretrain", "run", None):

@@ -101,7 +101,7 @@ def _system(warnings: list[str]) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}, {sys.maxsize.bit_length() + 1} bit",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {_release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()) or "unknown",
         "cpu": _cpu(),
         "cores": f"{cores} usable of {os.cpu_count()}",
@@ -109,6 +109,11 @@ def _system(warnings: list[str]) -> dict[str, str]:
         "disk free": f"{free['here'] / 1e9:.1f} GB here, {free['temporary'] / 1e9:.1f} GB temporary",
         "in-kernel copy": "yes" if hasattr(os, "copy_file_range") else "no (convert falls back to read and write)",
     }
+
+
+def _release() -> str:
+    """The kernel's version; what a distribution or a host adds behind it may name the place."""
+    return ".".join(platform.release().split("-")[0].split(".")[:2])
 
 
 def _cpu() -> str:

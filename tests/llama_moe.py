@@ -153,7 +153,7 @@ class Reference:
 
 
 def documented(experts: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released 7B model, as FACTS lists them."""
+    """Names and shapes of a released 7B model, as its index lists them."""
     h, neurons = 4096, 11008 // experts
     found = {"model.embed_tokens.weight": (32000, h), "model.norm.weight": (h,), "lm_head.weight": (32000, h)}
     for layer in range(32):

@@ -317,3 +317,22 @@ def test_help_loads_nothing_heavy() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert HEAVY & set(loaded) == set()
+
+
+def test_a_dry_run_leaves_nothing_or_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("reference-loss", "train-filter"):
+        assert main([verb, "--dry-run", "--out", str(tmp_path / "out")]) == 2
+        assert f"--dry-run with {verb}; needed a verb with something to check" in capsys.readouterr().err
+    assert main(["demo", "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_argument_of_another_method_is_not_suggested_to_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("plan: {method: gradient, mode: inter}\n")
+    assert main(["plan", str(path), "plan.method=coactivation"]) == 2
+    told = capsys.readouterr().err
+    assert "unknown key plan.mode" in told
+    assert "did you mean plan.mode?" not in told

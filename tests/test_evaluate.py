@@ -150,7 +150,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("model", "seq_len", "domain"), list(PUBLISHED))
 def test_published_losses_of_real_checkpoints(tmp_path, shared, model, seq_len, domain):
-    """The table of shared/README.md, to its last digit: first 6,000 characters a document, about 400 kB a domain."""
+    """What the data's own page says, to its last digit: first 6,000 characters a document, 400 kB a domain."""
     import zstandard
 
     heldout, train, size = tmp_path / "heldout.jsonl", tmp_path / "train.jsonl", 0

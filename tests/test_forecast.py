@@ -138,10 +138,12 @@ def test_launch_lines():
     assert "--nodes=64 " in many["slurm"]
     import yaml
 
-    job = yaml.safe_load(many["kubernetes"])
+    service, job = yaml.safe_load_all(many["kubernetes"])
+    assert (service["kind"], service["metadata"]["name"]) == ("Service", job["spec"]["template"]["spec"]["subdomain"])
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     assert job["spec"]["completions"] == 64
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["command"][2].endswith("-m prismoe pretrain run.yaml")
     quoted = launch_lines(Layout(16), command="pretrain 'my run.yaml' 'data.weights={a: \"1\"}'")["kubernetes"]
-    (container,) = yaml.safe_load(quoted)["spec"]["template"]["spec"]["containers"]
+    (container,) = list(yaml.safe_load_all(quoted))[1]["spec"]["template"]["spec"]["containers"]
     assert container["command"][2].endswith("-m prismoe pretrain 'my run.yaml' 'data.weights={a: \"1\"}'")

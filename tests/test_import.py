@@ -59,7 +59,7 @@ def routers(folder: Path) -> dict[int, torch.Tensor]:
 def test_the_released_sizes(
     tmp_path: Path, experts: int, top_k: int, scale: float, count: int, parameters: int
 ) -> None:
-    """FACTS: 1091 keys with 8 experts, 1859 with 16, and the parameters; headers of full size in a sparse file."""
+    """Released indices have 1091 keys with 8 experts, 1859 with 16; headers of full size in a sparse file."""
     names = documented(experts)
     assert len(names) == count
     assert sum(math.prod(shape) for name, shape in names.items() if "inv_freq" not in name) == parameters

@@ -27,7 +27,7 @@ def sharing(*experts: list[int], shared: list[int] | None = None) -> LayerPlan:
 @pytest.mark.parametrize(
     ("experts", "top_k", "scale", "factor"),
     [
-        # FACTS part II, F: N/k, N, k·√(N/k) and the unit gate, of a partition in N with gates that sum to one
+        # N/k, N, k·√(N/k) and the unit gate, of a partition in N with gates that sum to one
         (16, 4, "paper", 4.0),
         (8, 2, "paper", 4.0),
         (16, 2, "paper", 8.0),

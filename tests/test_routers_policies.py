@@ -45,7 +45,7 @@ def variation(sums):
 
 
 def test_the_paper_repositorys_example():
-    """FACTS: three tokens, K = 2, no noise: CV² .46452 and .14815, loss .006127 at weight 1e-2."""
+    """Worked by hand: three tokens, K = 2, no noise: CV² .46452 and .14815, loss .006127 at weight 1e-2."""
     logits = np.array([[4, 3, 2, 1], [1, 2, 3, 4], [4, 1, 3, 2]], float)
     chosen = top(logits, 2)
     importance = np.zeros(4)
@@ -99,7 +99,7 @@ def test_noisy_topk(model_type, compat):
 
 
 def test_the_load_estimate_is_a_probability_and_the_published_one_is_of_other_experts():
-    """FACTS: a confident router on three tokens chooses [2, 1, 2, 1] experts; the noise alone is seldom above them."""
+    """By hand: a confident router on three tokens chooses [2, 1, 2, 1] experts; noise alone is seldom above them."""
     logits = torch.tensor([[4.0, 3, 2, 1], [1, 2, 3, 4], [4, 1, 3, 2]], dtype=torch.float64) * 3
     noise = normal(0, 0, 0, torch.arange(3), 4).double() * 0.7031
     sigma = torch.full_like(logits, 0.7031)

@@ -114,7 +114,8 @@ class Binder:
         return self.check(at, path, hint)
 
     def _suggest(self, key: str, path: str, allowed: list[str]) -> str:
-        elsewhere = [name for name in self.known if name.rpartition(".")[2] == key]
+        here = f"{path}.{key}" if path else key
+        elsewhere = [name for name in self.known if name.rpartition(".")[2] == key and name != here]
         if elsewhere:
             return f"did you mean {elsewhere[0]}?"
         close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)

@@ -45,10 +45,15 @@ def _slurm(torchrun: str, nodes: int, here: int) -> str:
 
 
 def _kubernetes(torchrun: str, nodes: int, here: int) -> str:
-    """An indexed Job; a headless Service named prismoe gives its pods their names."""
+    """An indexed Job, and the headless Service that gives its pods their names."""
     line = torchrun.replace("$HEAD", "prismoe-0.prismoe")
     return "\n".join(
         [
+            "apiVersion: v1",
+            "kind: Service",
+            "metadata: {name: prismoe}",
+            "spec: {clusterIP: None, selector: {job-name: prismoe}}",
+            "---",
             "apiVersion: batch/v1",
             "kind: Job",
             "metadata: {name: prismoe}",
@@ -65,6 +70,7 @@ def _kubernetes(torchrun: str, nodes: int, here: int) -> str:
             "      containers:",
             "        - name: train",
             "          image: prismoe",
+            "          workingDir: /runs",
             f"          command: [bash, -c, {json.dumps(line)}]",
             "          resources:",
             f"            limits: {{nvidia.com/gpu: {here}}}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 from prismoe.verbs.job import Job
@@ -26,4 +27,7 @@ def demo(job: Job) -> dict[str, Any]:
 
     out, seed = job.flags.out or "runs/demo", job.flags.seed
     overrides = job.overrides if seed is None else (*job.overrides, f"seed={seed}")
-    return demo(job.screen, out=out, overrides=overrides, dry_run=job.flags.dry_run, force=job.flags.force)
+    if job.flags.dry_run:  # its text and config are written to be checked, and leave no trace
+        with tempfile.TemporaryDirectory() as scratch:
+            return demo(job.screen, out=scratch, overrides=overrides, dry_run=True)
+    return demo(job.screen, out=out, overrides=overrides, force=job.flags.force)
