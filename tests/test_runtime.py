@@ -21,18 +21,22 @@ PAGES = """
 import json, resource, torch
 from prismoe.train.runtime import kept_memory
 
-def pages_taken():  # what the system had to give for a large tensor, the second one of its size
-    torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def pages_taken(megabytes):
+    # What the system had to give for a large tensor, at the least of ten: a small object that lands behind a freed
+    # tensor makes its place too short for the next, so it takes some rounds until every size has found its own.
+    least = 1 << 62
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
+        least = min(least, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return least
 
-usual = pages_taken()
+usual = pages_taken(96)
 with kept_memory(keep=True) as was_set:
-    kept = pages_taken()
-after = pages_taken()
+    kept = pages_taken(96)
+after = pages_taken(192)  # larger than any place that was left free
 with kept_memory(keep=False) as not_set:
-    asked_not = pages_taken()
+    asked_not = pages_taken(192)
 print(json.dumps([usual, kept, after, asked_not, was_set, not_set]))
 """
 
@@ -69,9 +73,9 @@ import resource, torch
 def state():
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled
 def pages():
-    torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
+    torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
+    torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before, taken = state(), pages()
 import prismoe, prismoe.cli, prismoe.train.runtime, prismoe.train.experts, prismoe.train.loop, prismoe.train.pretrain
