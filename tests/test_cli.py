@@ -336,3 +336,8 @@ def test_an_argument_of_another_method_is_not_suggested_to_itself(
     told = capsys.readouterr().err
     assert "unknown key plan.mode" in told
     assert "did you mean plan.mode?" not in told
+
+
+def test_verify_says_when_there_is_nothing_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path / "nowhere")]) == 3
+    assert "nowhere: nothing to verify; needed a config, a run folder or a folder that" in capsys.readouterr().err

@@ -73,9 +73,9 @@ import resource, torch
 def state():
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.enabled
 def pages():
-    torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
+    torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)
+    torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before, taken = state(), pages()
 import prismoe, prismoe.cli, prismoe.train.runtime, prismoe.train.experts, prismoe.train.loop, prismoe.train.pretrain

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prismoe.errors import InputError
 from prismoe.verbs.job import Job
 
 __all__ = ["plan", "prepare", "stages", "verify"]
@@ -81,6 +82,15 @@ def verify(job: Job) -> dict[str, Any]:
 
     manifest = Manifest.read(Path(job.subject)) if job.subject and Path(job.subject).is_dir() else None
     if job.subject is None or manifest is None or manifest.kind != "convert":
+        is_run = (
+            job.subject is None or job.subject.endswith((".yaml", ".yml")) or (Path(job.subject) / "run.yaml").is_file()
+        )
+        if not is_run and job.flags.out is None:
+            raise InputError(
+                "nothing to verify",
+                where=str(job.subject),
+                needed="a config, a run folder or a folder that convert wrote",
+            )
         return stages(job)
     from prismoe.config import load_config
     from prismoe.verify import verify
