@@ -1,0 +1,1 @@
+"""What the routers of a mixture do with text: counted, compared and drawn."""

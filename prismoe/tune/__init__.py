@@ -1,0 +1,1 @@
+"""Instruction tuning: from a mixture to a chat model."""
