@@ -147,6 +147,16 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 
 def _content(line: bytes, field: str, fields: tuple[str, ...], where: str, first: bool) -> tuple[str, tuple[str, ...]]:
+    row = read_object(line, where, first=first)
+    text = row.get(field) if field != "auto" else row.get("content", row.get("text"))
+    if not isinstance(text, str):
+        name = next((name for name in AUTO_FIELDS if name in row), field) if field == "auto" else field
+        text = as_text(look_up(row, name, where, hint="name the field that holds the text"), name, where)
+    return text, tuple(as_label(look_up(row, name, where), name, where) for name in fields)
+
+
+def read_object(line: bytes, where: str, *, first: bool = False) -> dict[str, Any]:
+    """The JSON object of one line; the `first` of a file may begin with a byte order mark."""
     line = line.removeprefix(_BOM) if first else line
     try:
         row = _quick_loads(line)
@@ -156,11 +166,7 @@ def _content(line: bytes, field: str, fields: tuple[str, ...], where: str, first
         raise BadDocument(
             f"a JSON {type(row).__name__}", reason="not an object", where=where, needed="one JSON object a line"
         )
-    text = row.get(field) if field != "auto" else row.get("content", row.get("text"))
-    if not isinstance(text, str):
-        name = next((name for name in AUTO_FIELDS if name in row), field) if field == "auto" else field
-        text = as_text(look_up(row, name, where, hint="name the field that holds the text"), name, where)
-    return text, tuple(as_label(look_up(row, name, where), name, where) for name in fields)
+    return row
 
 
 def as_text(value: Any, field: str, where: str) -> str:

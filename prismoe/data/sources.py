@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ from prismoe.data.reader import SUFFIXES
 from prismoe.data.shards import SPLITS, Split
 from prismoe.errors import InputError, UsageError
 
-__all__ = ["DomainSource", "resolve"]
+__all__ = ["DomainSource", "expand", "resolve"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
@@ -52,7 +52,7 @@ def resolve(name: str, source: DomainSource, *, offline: bool = False) -> dict[S
         if not key or not values or isinstance(values, str):
             raise UsageError(f"select {key!r}: {values!r}", where=where, needed="a field and the values to keep")
     files: dict[Split, tuple[Path, ...]] = {
-        split: tuple(path for pattern in getattr(source, split) for path in _expand(pattern, where, offline))
+        split: tuple(path for pattern in getattr(source, split) for path in expand(pattern, where, offline=offline))
         for split in SPLITS
     }
     seen: set[Path] = set()
@@ -65,7 +65,13 @@ def resolve(name: str, source: DomainSource, *, offline: bool = False) -> dict[S
     return files
 
 
-def _expand(pattern: str, where: str, offline: bool) -> list[Path]:
+def expand(pattern: str, where: str, *, offline: bool = False, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of a path, a glob pattern or a name `hf://datasets/OWNER/NAME/PATTERN`, in sorted order.
+
+    Raises:
+        UsageError: a name of the hub that is none.
+        InputError: no such file, a folder, or a kind of file that is not among `suffixes`.
+    """
     pattern = str(pattern)
     if pattern.startswith("hf://"):
         found = _from_hub(pattern, where, offline)
@@ -79,8 +85,8 @@ def _expand(pattern: str, where: str, offline: bool) -> list[Path]:
     if not found:
         raise InputError(f"no file {pattern}", where=where)
     for file in found:
-        if not file.name.endswith(SUFFIXES):
-            raise InputError("not a kind of file that is read", where=str(file), needed=" ".join(SUFFIXES))
+        if not file.name.endswith(tuple(suffixes)):
+            raise InputError("not a kind of file that is read", where=str(file), needed=" ".join(suffixes))
     return found
 
 
