@@ -60,6 +60,12 @@ class ExpertBlock:
         stored = checkpoint.array(place.source)
         return stored.reshape(-1, stored.shape[-1])[place.first : place.first + place.width]
 
+    def columns(self, checkpoint: Checkpoint, expert: int) -> npt.NDArray[Any]:
+        """[D, W] down matrix of an expert, a view of the file."""
+        place = self.places["down", expert]
+        stored = checkpoint.array(place.source)
+        return stored.reshape(-1, stored.shape[-1])[place.first : place.first + self.hidden_size, : place.width]
+
     def zero_tail(self, checkpoint: Checkpoint, expert: int) -> int:
         """Neurons at the end of an expert whose gate row is zero: silu(0) = 0, so they add nothing, trained or not."""
         gate = self.rows(checkpoint, "gate", expert)

@@ -135,5 +135,8 @@ class Similarity:
         }
         for name in TENSORS:
             array = getattr(self, name)
-            found[name] = None if array is None else np.where(np.isnan(array), None, array).tolist()
+            values = None if array is None else array.astype(object)
+            if values is not None:
+                values[np.isnan(array)] = None
+            found[name] = None if values is None else values.tolist()
         return found
