@@ -47,12 +47,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Constant:
-    """One more tensor of a layer with experts: `size` numbers `value`, stored in the gate matrix's dtype or `dtype`."""
+    """One more tensor of a layer with experts: `size` numbers `value`, stored in the gate matrix's dtype or `dtype`.
+
+    `experts_axis` is the axis that counts experts, None where the tensor knows nothing of them.
+    """
 
     key: str
     size: Callable[[DenseConfig, PlanShape], tuple[int, ...]]
     value: float = 0.0
     dtype: str = ""
+    experts_axis: int | None = None
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ class Gatherer:
 
     def _window(self, piece: Piece, recipe: Take | Weave, low: int, high: int, out: Array) -> None:
         """Whole rows go straight into `out`; a row cut by the window's edge is made apart and cut."""
-        width = math.prod(piece.shape[1:])
+        # Experts in one tensor are gathered row by row: a whole expert may be larger than any window.
+        width = piece.shape[-1] if len(piece.shape) > 2 else math.prod(piece.shape[1:])
         item = ITEM_BYTES[piece.dtype]
         first, last = low // item, high // item
         row = first // width
@@ -207,6 +208,10 @@ class Gatherer:
     def _taken(self, take: Take, row: int, out: Array) -> None:
         index = self._index(take)
         stored = self._checkpoint.array(take.source)
+        if stored.ndim > 2:
+            inside = math.prod(stored.shape[1:-1])
+            place, at = np.divmod(np.arange(row, row + len(out)), inside)
+            stored, index, row = stored.reshape(-1, stored.shape[-1]), index[place] * inside + at, 0
         bits = _bits(stored).reshape(len(stored), -1)
         step = ROWS if take.axis or take.changes else len(out)
         for start in range(0, len(out), step):

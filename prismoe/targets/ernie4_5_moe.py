@@ -25,7 +25,10 @@ TARGET = Target(
     shared_unit="expert",
     constants=(
         Constant(
-            f"{MLP}.moe_statics.e_score_correction_bias", lambda dense, shape: (1, shape.num_experts), dtype="F32"
+            f"{MLP}.moe_statics.e_score_correction_bias",
+            lambda dense, shape: (1, shape.num_experts),
+            dtype="F32",
+            experts_axis=1,
         ),
     ),
     config=lambda dense, shape, width, shared_width: {

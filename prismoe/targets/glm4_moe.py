@@ -27,7 +27,12 @@ TARGET = Target(
     shared_unit="expert",
     shared_always=True,
     constants=(
-        Constant(f"{MLP}.gate.e_score_correction_bias", lambda dense, shape: (shape.num_experts,), dtype="F32"),
+        Constant(
+            f"{MLP}.gate.e_score_correction_bias",
+            lambda dense, shape: (shape.num_experts,),
+            dtype="F32",
+            experts_axis=0,
+        ),
     ),
     config=lambda dense, shape, width, shared_width: {
         "intermediate_size": dense.intermediate_size,

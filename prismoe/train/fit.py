@@ -10,10 +10,10 @@ from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
 
-__all__ = ["check_fit", "num_experts"]
+__all__ = ["EXPERT_COUNTS", "check_fit", "num_experts"]
 
 # Under one of these names a stock config says how many routed experts a layer has.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_fit(checkpoint: Checkpoint, domains: Iterable[Domain], *, seq_len: int) -> None:
@@ -45,5 +45,5 @@ def check_fit(checkpoint: Checkpoint, domains: Iterable[Domain], *, seq_len: int
 
 def num_experts(config: Mapping[str, Any]) -> int:
     """Routed experts of a layer by a model's config.json, 0 for a dense model (one expert is no choice)."""
-    found = max(config.get(name) or 0 for name in _EXPERTS)
+    found = max(config.get(name) or 0 for name in EXPERT_COUNTS)
     return int(found) if found > 1 else 0
