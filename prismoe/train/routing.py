@@ -71,6 +71,10 @@ class LoadMeter:
         if self._routers:
             self._tokens += self._routers[0].logits_TE.shape[0]
 
+    def counts(self) -> list[list[int]]:
+        """Assignments to each expert, layer by layer, of all processes; each of them has to ask."""
+        return [load.long().tolist() for load in self._summed()[0]] if self._routers else []
+
     def summary(self) -> dict[str, Any]:
         """Of `result`: the mean entropy, the worst layer's `max_over_mean`, `idle` and `dominant`."""
         whole = self.result()

@@ -85,6 +85,11 @@ class Router:
     _latest: Routed | None = None
 
     @property
+    def has_run(self) -> bool:
+        """Whether there is a forward pass to speak of."""
+        return self._logits is not None
+
+    @property
     def logits_TE(self) -> torch.Tensor:
         assert self._logits is not None, f"{self.name} has not been run"
         return self._logits
