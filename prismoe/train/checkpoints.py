@@ -3,7 +3,7 @@
 One folder per checkpoint, `step-00000100/`, complete when its manifest is there. Every process writes what it holds
 into a file of its own; a header says where in the whole each piece lies, so any other number of processes can read
 it. There is no RNG state to keep: batches and every draw of a step are functions of (seed, step).
-Saving is synchronous: training goes on when the manifest is written, so that there is always one whole checkpoint.
+(When they are written, and that training does not wait for it: `saving.py`.)
 """
 
 from __future__ import annotations
@@ -29,24 +29,17 @@ from prismoe.folder import FileEntry, Manifest, fsync_folder, sha256_file, write
 from prismoe.train.engine import Engine
 from prismoe.train.routers import Policy
 
-__all__ = ["latest", "prune", "restore", "save"]
+__all__ = ["latest", "prune", "require_room", "restore", "save", "tensors_of"]
 
 _NAME = re.compile(r"step-(\d{8,})")
 _STATE = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(
-    folder: Path,
-    *,
-    step: int,
-    engine: Engine,
-    model: torch.nn.Module,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> Path:
+def save(folder: Path, *, step: int, engine: Engine, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
     """Write checkpoint `step` under `folder`; `state` is JSON and comes back from `restore`. Kept if already there.
+
+    `tensors` are those of `tensors_of` or copies of them, and must not change meanwhile.
 
     Raises:
         ResourceError: the disk is full or not writable; checkpoints that were there before still are.
@@ -55,28 +48,27 @@ def save(
     engine.at("saving")
     if engine.from_first(Manifest.read(target) is not None):
         return target
-    tensors = dict(_tensors(model, policy, optimizer))
     with _written(target):
         if engine.first:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
-            _require_room(target, tensors)
         engine.barrier("saving")
-        with _quiet():
-            save_tensors(
-                tensors,
-                storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True),
-                process_group=engine.control,
-                no_dist=engine.world == 1,
-            )
-    if engine.first:
-        write_json_atomic(target / _STATE, state)
-        fsync_folder(folder)
-    engine.barrier("hashing what was saved")
-    names = sorted(path.name for path in target.iterdir() if path.name != "manifest.json")
-    files = _hashed(target, names, engine)
-    if engine.first:
-        Manifest(kind="training-state", parents={}, config={"step": step}, files=files).write(target)
+        # One process alone is what was asked for. (In a thread, filters cannot be put back without losing others'.)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save_tensors(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(target), save_distributed=True),
+            process_group=engine.control,
+            no_dist=engine.world == 1,
+        )
+        if engine.first:
+            write_json_atomic(target / _STATE, state)
+            fsync_folder(folder)
+        engine.barrier("hashing what was saved")
+        names = sorted(path.name for path in target.iterdir() if path.name != "manifest.json")
+        files = _hashed(target, names, engine)
+        if engine.first:
+            Manifest(kind="training-state", parents={}, config={"step": step}, files=files).write(target)
     engine.barrier("saved")
     return target
 
@@ -113,7 +105,7 @@ def restore(
         raise InputError("not a complete checkpoint", where=str(path), hint="is it on a disk that all ranks see?")
     mine = {name: entry for number, (name, entry) in enumerate(sorted(manifest.files.items())) if _ours(number, engine)}
     Manifest(kind=manifest.kind, parents={}, config={}, files=mine).check(path)
-    wanted = dict(_tensors(model, policy, optimizer))
+    wanted = tensors_of(model, policy, optimizer)
     reader = HuggingFaceStorageReader(str(path))
     with _quiet():
         found = reader.read_metadata().state_dict_metadata.items()
@@ -162,14 +154,19 @@ def _hashed(folder: Path, names: list[str], engine: Engine) -> dict[str, FileEnt
     }
 
 
-def _require_room(target: Path, tensors: dict[str, torch.Tensor]) -> None:
+def require_room(folder: Path, tensors: dict[str, torch.Tensor], engine: Engine) -> None:
+    """Refuse a checkpoint of `tensors` that the disk of `folder` cannot hold, in every process alike.
+
+    Raises:
+        ResourceError: what is free and what is needed.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    free = shutil.disk_usage(target).free
+    free = engine.from_first(shutil.disk_usage(existing).free)
     if needed + (1 << 20) > free:
-        shutil.rmtree(target)
         raise ResourceError(
             f"{free / 1e9:.1f} GB of disk free",
-            where=str(target),
+            where=str(folder),
             needed=f"{needed / 1e9:.1f} GB for this checkpoint",
             hint="the last one is whole: free some space and give the same command again",
         )
@@ -194,10 +191,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def tensors_of(model: torch.nn.Module, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes, by name; a tied weight counts once. Views, not copies."""
+    return dict(_tensors(model, policy, optimizer))
+
+
 def _tensors(
     model: torch.nn.Module, policy: Policy, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that training changes, by name; a tied weight counts once. Views, not copies."""
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in persistent:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prismoe.data.rules import Mixing
-from prismoe.errors import InterruptedRun, UsageError
+from prismoe.errors import InterruptedRun, PrismoeError, UsageError
 from prismoe.plan import Plan
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
@@ -21,6 +22,7 @@ from prismoe.train.heldout import LeftEarly, heldout_losses
 from prismoe.train.metrics import MetricsLog
 from prismoe.train.routers import attach_policy
 from prismoe.train.routing import watch
+from prismoe.train.saving import Saver
 from prismoe.train.scalars import SCALARS, Scalars
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.speed import TIMING, Timing, flops_per_token
@@ -103,6 +105,7 @@ class _Run:
         self.stop, self.on_progress = stop, on_progress
         self.config, self.engine, self.health = trainer.config, trainer.engine, trainer.health
         self.folder = out / "checkpoints"
+        self.saver = Saver(self.folder, keep=self.config.keep, engine=self.engine)
         self.step, self.evaluated, position = 0, False, 0
         self.lowest, self.no_better = math.inf, 0  # mean held-out loss, and evaluations in a row that did not lower it
         found = checkpoints.latest(self.folder, self.engine)
@@ -118,6 +121,9 @@ class _Run:
         self.timing = Timing(out / TIMING, flops=flops, world=engine.world, device=engine.device, muted=muted)
 
     def close(self) -> None:
+        """Let go of the files; after an error, when what was being saved is."""
+        with suppress(PrismoeError, RuntimeError):
+            self.saver.wait()
         self.timing.close()
         self.log.sync()
         self.log.close()
@@ -131,12 +137,16 @@ class _Run:
         while True:
             if self._due() and not self.evaluated:
                 self.evaluated = self._evaluate()
-            stopping = engine.any(bool(self.stop.signal_name))
+            stopping, failed = engine.each(bool(self.stop.signal_name), self.saver.failed)
+            if failed:
+                raise self.saver.give_up()
             save = config.save_every and self.step % config.save_every == 0 and first < self.step < config.steps
             enough = bool(config.max_steps) and self.step - first >= config.max_steps and self.step < config.steps
             used_up = self._used_up()
             if (save or stopping or enough or used_up) and self.step > 0:
                 self._save()
+            if stopping or enough or used_up:
+                self.saver.wait()
             if stopping or enough:
                 by = "max_steps" if enough else self.stop.signal_name or "another rank"
                 raise InterruptedRun(
@@ -160,6 +170,7 @@ class _Run:
             shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
             shown += f" · MFU {clock['mfu']:.1%}" if "mfu" in clock else ""
             self.on_progress(f"train step: {shown}{in_short(line)}", self.step, config.steps)
+        self.saver.wait()
         return Finished(
             resumed_from=first,
             steps=self.step,
@@ -231,17 +242,8 @@ class _Run:
             "health": self.health.state(),
             "heldout": [self.lowest if math.isfinite(self.lowest) else None, self.no_better],
         }
-        checkpoints.save(
-            self.folder,
-            step=self.step,
-            engine=self.engine,
-            model=trainer.model,
-            policy=trainer.policy,
-            optimizer=trainer.optimizer,
-            state=state,
-        )
-        if self.engine.first:
-            checkpoints.prune(self.folder, keep=self.config.keep)
+        tensors = checkpoints.tensors_of(trainer.model, trainer.policy, trainer.optimizer)
+        self.saver.save(tensors, step=self.step, state=state)
 
     def _restore(self, path: Path) -> int:
         """Take over a checkpoint; returns how long the log was then."""
@@ -259,6 +261,7 @@ class _Run:
 
     def _go_back(self, found: str) -> None:
         """To the last checkpoint, and on from there with text that was not read yet."""
+        self.saver.wait()
         health, there = self.health, checkpoints.latest(self.folder, self.engine)
         to = int(there.name[5:]) if there is not None else None
         health.go_back(step=self.step + 1, to=to, found=found)

@@ -39,6 +39,7 @@ class Engine:
         self.step = 0
         self.phase = "start"
         self.control: Any = None
+        self._beside: Any = None
 
     @classmethod
     @contextmanager
@@ -75,6 +76,7 @@ class Engine:
         engine = cls(layout, rank=rank, device=place, watchdog=watchdog)
         # Flags and barriers travel between hosts: they never wait for a device.
         engine.control = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        engine._beside = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         watchdog.start()
         finished = False
         try:
@@ -102,6 +104,12 @@ class Engine:
         if self.watchdog is not None:
             self.watchdog.note(self.step, phase)
 
+    def beside(self) -> Engine:
+        """The same processes for a thread of its own: its flags and barriers do not meet those of training."""
+        engine = Engine(self.layout, rank=self.rank, device=torch.device("cpu"))
+        engine.control = self._beside
+        return engine
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` added up over all processes, in place."""
         if self.world > 1:
@@ -116,18 +124,24 @@ class Engine:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set in any process."""
-        return flag if self.world == 1 else bool(self._flags(int(flag)).item())
+        return self.each(flag)[0]
+
+    def each(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is set in any process: one collective."""
+        return [count > 0 for count in self._summed(*map(int, flags))]
 
     def from_first(self, number: int) -> int:
         """What rank 0 says `number` is."""
-        return number if self.world == 1 else int(self._flags(number if self.first else 0).item())
+        return self._summed(number if self.first else 0)[0]
 
-    def _flags(self, number: int) -> torch.Tensor:
+    def _summed(self, *numbers: int) -> list[int]:
+        if self.world == 1:
+            return list(numbers)
         from torch import distributed
 
-        flags = torch.tensor(number, dtype=torch.int64)
-        distributed.all_reduce(flags, group=self.control)
-        return flags
+        sums = torch.tensor(numbers, dtype=torch.int64)
+        distributed.all_reduce(sums, group=self.control)
+        return sums.tolist()
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """The rows that all processes give, in the order of ranks: [world, …] on the CPU."""
