@@ -1,24 +1,24 @@
-"""`evaluate`: held-out loss, perplexity and bits a byte of several models on the same windows of several domains."""
+"""Held-out loss, perplexity and bits a byte of several models on the same windows of several domains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.data.shards import Domain, Windows, heldout_windows
-from prismoe.errors import InputError, UsageError
-from prismoe.folder import MANIFEST, sha256_file, versions
-from prismoe.progress import Progress, quiet
-from prismoe.train.device import num_threads
-from prismoe.train.fit import check_fit
+from prismoe.data.shards import Domain, Windows
+from prismoe.evaluate.kept import Kept
+from prismoe.progress import Progress
 from prismoe.train.model import load_model
 from prismoe.train.scoring import TextLoss, score_text
 
-__all__ = ["DomainScore", "Scores", "evaluate"]
+__all__ = ["DomainScore", "Losses", "score_texts", "text_scores"]
+
+Losses = dict[tuple[str, str], TextLoss]
+"""(model, domain) → the loss of every document."""
 
 
 @dataclass(frozen=True)
@@ -45,85 +45,54 @@ class DomainScore:
     windows: int
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Receipt: `scores` in the order of models, then domains; `models` and `domains` say what exactly was measured."""
-
-    scores: tuple[DomainScore, ...]
-    models: dict[str, dict[str, Any]]
-    domains: dict[str, dict[str, Any]]
-    seq_len: int
-    versions: dict[str, str]
-
-    def of(self, model: str, domain: str) -> DomainScore:
-        """The score of one pair."""
-        return next(score for score in self.scores if (score.model, score.domain) == (model, domain))
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def evaluate(
-    models: Mapping[str, str | Path | Checkpoint],
-    domains: Iterable[Domain | str | Path],
+def score_texts(
+    models: Mapping[str, Checkpoint],
+    domains: Mapping[str, tuple[Domain, Windows]],
+    identities: Mapping[str, dict[str, str | None]],
     *,
-    seq_len: int,
-    max_tokens: int | None = 100_000,
-    batch_size: int = 16,
-    threads: int = 0,
-    offline: bool = False,
-    on_progress: Progress = quiet,
-) -> Scores:
-    """Score `models` (name → folder; the first is the one others are compared with) on the held-out split of `domains`.
-
-    Each document is cut into windows of `seq_len` that score every token of its text once (`heldout_windows`); at most
-    `max_tokens` a domain are read, in whole documents. Computed in float32 whatever the stored dtype, one model at a
-    time.
+    batch_size: int,
+    kept: Kept,
+    on_progress: Progress,
+) -> Losses:
+    """Score every model on every domain in float32; what was kept under the same `identities` is not computed again.
 
     Raises:
-        UsageError: no model or no domain.
-        InputError: a model or domain that is damaged, or was made with another tokenizer.
+        InputError: a model that cannot be loaded.
         NumericalError: a loss that is not finite.
     """
-    opened = {domain.name: domain for domain in (d if isinstance(d, Domain) else Domain.open(d) for d in domains)}
-    if not models or not opened:
-        raise UsageError("nothing to evaluate", needed="at least one model and one domain")
-    checkpoints = {name: Checkpoint.open(source, offline=offline) for name, source in models.items()}
-    windows = {name: heldout_windows(domain, seq_len=seq_len, max_tokens=max_tokens) for name, domain in opened.items()}
-    for checkpoint in checkpoints.values():
-        if not checkpoint.has_weights:
-            raise InputError("no weights", where=str(checkpoint.folder), needed="model.safetensors")
-        check_fit(checkpoint, opened.values(), seq_len=seq_len)
-    total, done = len(checkpoints) * sum(len(part) for part in windows.values()), 0
-    first: dict[str, TextLoss] = {}
-    rows: list[DomainScore] = []
-    described = {}
-    with num_threads(threads):
-        for name, checkpoint in checkpoints.items():
-            model = load_model(checkpoint.folder)
-            described[name] = _describe(checkpoint, sum(parameter.numel() for parameter in model.parameters()))
-            for domain, part in windows.items():
+    found: Losses = {}
+    total, done = len(models) * sum(len(windows) for _, windows in domains.values()), 0
+    for name, checkpoint in models.items():
+        model = None
+        for domain, (opened, windows) in domains.items():
+            decides = {
+                "model": identities[name],
+                "text": identities[f"domain {domain}"],
+                "seq_len": windows.seq_len,
+                "documents": windows.num_documents,
+            }
+            if (before := kept.find(**decides)) is not None:
+                found[name, domain] = TextLoss(np.array(before["nats"]), np.array(before["tokens"]))
+            else:
 
                 def after_batch(count: int, base: int = done, what: str = f"evaluate: {name} on {domain}") -> None:
                     on_progress(what, base + count, total)
 
-                found = score_text(
-                    model,
-                    opened[domain],
-                    part,
-                    batch_size=batch_size,
-                    where=f"{name} on {domain}",
-                    after_batch=after_batch,
+                model = model or load_model(checkpoint.folder)
+                loss = found[name, domain] = score_text(
+                    model, opened, windows, batch_size=batch_size, where=f"{name} on {domain}", after_batch=after_batch
                 )
-                done += len(part)
-                rows.append(_score(name, domain, found, first.setdefault(domain, found), part))
-            del model
-    return Scores(
-        scores=tuple(rows),
-        models=described,
-        domains={name: {"folder": str(d.folder), "manifest": _manifest(d.folder)} for name, d in opened.items()},
-        seq_len=seq_len,
-        versions=versions(),
+                kept.keep({"nats": loss.nats.tolist(), "tokens": loss.tokens.tolist()}, **decides)
+            done += len(windows)
+    return found
+
+
+def text_scores(found: Losses, windows: Mapping[str, Windows]) -> tuple[DomainScore, ...]:
+    """`found` as rows, each beside the first model's."""
+    first: dict[str, TextLoss] = {}
+    return tuple(
+        _score(model, domain, loss, first.setdefault(domain, loss), windows[domain])
+        for (model, domain), loss in found.items()
     )
 
 
@@ -143,20 +112,3 @@ def _score(model: str, domain: str, found: TextLoss, first: TextLoss, windows: W
         documents=windows.num_documents,
         windows=len(windows),
     )
-
-
-def _describe(checkpoint: Checkpoint, parameters: int) -> dict[str, Any]:
-    folder = checkpoint.folder
-    return {
-        "folder": str(folder),
-        "model_type": checkpoint.config.get("model_type"),
-        "parameters": parameters,
-        "fingerprint": checkpoint.fingerprint,
-        "manifest": _manifest(folder),
-    }
-
-
-def _manifest(folder: Path) -> str | None:
-    """sha256 of a folder's manifest, which holds the sha256 of everything in it."""
-    path = folder / MANIFEST
-    return sha256_file(path) if path.is_file() else None
