@@ -17,7 +17,7 @@ from prismoe.cli import main
 from prismoe.errors import InputError
 from prismoe.plan import LayerPlan, Plan, make_plan
 from prismoe.plan.anatomy import plan_anatomy
-from prismoe.report.planpicture import panel_svgs, picture_bytes
+from prismoe.report.planpicture import figures, picture_bytes
 from prismoe.stats.calibration import Calibration
 from tests.calibration import World, make_world
 
@@ -167,9 +167,7 @@ def test_a_picture_that_cannot_be(
 
 
 def test_a_page_gets_panels_where_they_say_something(world: World, calibration: Calibration) -> None:
-    panels = {name: len(panel_svgs(plan_anatomy(plan))) for name, plan in plans(world, calibration).items()}
+    panels = {name: len(figures(plan_anatomy(plan))) for name, plan in plans(world, calibration).items()}
     assert panels == {"random": 0, "inner": 2, "inter": 1, "share": 2, "upcycle": 0}
-    captions = [
-        caption for caption, _ in panel_svgs(plan_anatomy(plans(world, calibration)["share"], calibration=calibration))
-    ]
-    assert len(captions) == len(set(captions)) == 4
+    found = figures(plan_anatomy(plans(world, calibration)["share"], calibration=calibration))
+    assert len(found) == len({figure.name for figure in found}) == len({figure.caption for figure in found}) == 4

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 
 from prismoe.errors import InputError
-from prismoe.report import figures, write_report
+from prismoe.report import write_report
+from prismoe.report.drawing import png, svg
+from prismoe.report.page import Figure, Findings, Panel, Section
+from prismoe.report.sections import balance, certificate
+from prismoe.report.style import COLOURS, HEAT, LEVELS, MARKERS, thinned
 from tests.runs import copy_of, finished
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -63,7 +70,7 @@ def test_every_part_is_there_with_the_numbers_of_the_receipts(text: str) -> None
     wanted += [row["sha256"] for row in receipts["convert"]["files"].values()]
     wanted += [f"{receipts['plan']['account']['total_parameters']:,}"]
     assert [word for word in wanted if word not in page.words] == []
-    assert text.count("<svg") == 6  # scores, two losses, two of load, norms
+    assert text.count("<svg") == 1 + 6 + 2 + 4 + 1  # scores, training, load before and after, balance, norms
 
 
 def test_it_is_well_formed_and_every_id_is_one(text: str) -> None:
@@ -71,15 +78,20 @@ def test_it_is_well_formed_and_every_id_is_one(text: str) -> None:
     assert (page.wrong, page.open) == ([], [])
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    uses = {value for _, name, value in page.attributes if name in ("href", "xlink:href")}
+    uses = {value for _, name, value in page.attributes if name in ("href", "xlink:href") and value.startswith("#")}
     uses |= {f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", text)}
     assert uses <= {f"#{name}" for name in ids}
+    told = [value for tag, name, value in page.attributes if (tag, name) == ("div", "aria-label")]
+    assert len(told) >= text.count("<svg")
+    assert all(told)
 
 
 def test_it_needs_nothing_from_elsewhere(text: str) -> None:
     page = Page(text)
     loads = [row for row in page.attributes if row[1] in ("src", "srcset", "href", "xlink:href", "data", "action")]
-    assert [row for row in loads if not row[2].startswith("#")] == []
+    links = [row[2] for row in loads if row[0] == "a" and not row[2].startswith("#")]
+    assert [row for row in loads if row[0] != "a" and not row[2].startswith("#")] == []
+    assert [place for place in links if not (finished()[0] / "run" / place).is_file()] == []  # beside the page
     assert not re.search(r"<(script|link|iframe|object|embed)|@import|url\((?!#)", text)
 
 
@@ -114,18 +126,64 @@ def test_a_report_of_a_run_that_is_not_finished(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_figures_draw_what_they_are_given() -> None:
-    evals = [{"step": step, "load": [[0.3, 0.2, 0.3, 0.2]] * 2, "heldout": {"a": {"loss": 2.0}}} for step in (0, 10)]
-    assert figures.load(evals).count(">1.2<") == 2 * 2 * 2  # a share of 0.3 among 4, twice a layer, 2 layers, 2 panels
-    assert figures.load(evals) == figures.load(evals)
-    layers = re.findall(
-        r'<text[^>]*y="([\d.]+)"[^>]*>(\d)</text>', figures.load([{**evals[0], "load": [[0.5, 0.5]] * 3}])
-    )
-    heights = {name: float(y) for y, name in layers[-3:]}
-    assert heights["0"] < heights["1"] < heights["2"]  # the first layer is at the top
-    svg = figures.norm_ratios([{"layer": 0, "kind": "partition", "norm_ratio": 0.5}, {"layer": 1, "kind": "dense"}])
-    assert svg.startswith("<svg")
-    assert "width=" not in svg.partition(">")[0]
+def drawn(figure: Figure) -> str:
+    return "".join(svg(panel, name=f"{figure.name}-{index}") for index, panel in enumerate(figure.panels))
+
+
+def figure_of(section: Section | None, name: str) -> Figure:
+    assert section is not None
+    return next(block for block in section.blocks if isinstance(block, Figure) and block.name == name)
+
+
+def found_in(folder: Path, *lines: dict[str, Any], **receipts: Any) -> Findings:
+    """What a run left: a training log of these lines, and receipts."""
+    (folder / "train").mkdir()
+    (folder / "train" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Findings(folder, receipts, dict.fromkeys(receipts, 1.0))
+
+
+def test_figures_draw_what_they_are_given(tmp_path: Path) -> None:
+    step = {"event": "step", "step": 1, "max_over_mean": 1.2}
+    evals = [{"event": "eval", "step": step, "load": [[0.3, 0.2, 0.3, 0.2]] * 2} for step in (0, 10)]
+    section = balance.section(found_in(tmp_path, step, *evals))
+    load = figure_of(section, "load")
+    assert drawn(load).count(">1.2<") == 2 * 2 * 2  # a share of 0.3 among 4, twice a layer, 2 layers, 2 panels
+    assert drawn(load) == drawn(load)
+    layers = {name: float(y) for y, name in re.findall(r'<text[^>]*y="([\d.]+)"[^>]*>([01])</text>', drawn(load))}
+    assert layers["0"] < layers["1"]  # the first layer is at the top
+    assert "0.80 to 1.20 times the mean" in load.panels[0].shows
+    rows = [{"layer": 0, "kind": "partition", "norm_ratio": 0.5}, {"layer": 1, "kind": "dense"}]
+    receipt = {"checks": [], "layers": rows, "num_tokens": 1, "input": "text", "passed": True}
+    receipt["checks"] = [{"name": "plan", "passed": True, "measured": 0.0, "limit": None, "meaning": "", "where": ""}]
+    norms = drawn(figure_of(certificate.section(Findings(tmp_path, {"verify": receipt}, {})), "norm_ratios"))
+    assert norms.startswith("<svg")
+    assert "width=" not in norms.partition(">")[0]
+
+
+def test_a_long_log_is_thinned_to_what_it_says() -> None:
+    draw = np.random.default_rng(0)
+    steps, losses = np.arange(1, 1001), draw.random(1000)
+    x, mean, low, high = thinned(steps, losses, most=100)
+    blocks = losses.reshape(100, 10)
+    assert np.allclose(x, steps.reshape(100, 10).mean(axis=1))
+    assert np.allclose(mean, blocks.mean(axis=1))
+    assert (low == blocks.min(axis=1)).all()
+    assert (high == blocks.max(axis=1)).all()
+    x, mean, low, high = thinned([3, 4], [1.0, 2.0])
+    assert [list(part) for part in (x, mean, low, high)] == [[3, 4], [1, 2], [1, 2], [1, 2]]
+
+
+def test_pictures_for_slides_have_the_size_that_is_stated(text: str) -> None:
+    folder = finished()[0] / "run" / "figures"
+    pictures = {path.stem: path.read_bytes() for path in folder.glob("*.png")}
+    stated = dict(re.findall(r'href="figures/(\w+)\.png">[^<]*\((\d+ × \d+)\)</a>', text))
+    assert set(pictures) == set(stated) >= {"scores", "load", "heldout_loss"}
+    for name, data in pictures.items():
+        width, height = struct.unpack(">II", data[16:24])
+        assert stated[name] == f"{width} × {height}"
+        assert min(width, height) >= 450  # 200 dots an inch, at least 2.4 inches
+    small = Figure("two", "Two panels", [Panel(lambda axes: axes.plot([1, 2]), "a line")] * 2)
+    assert struct.unpack(">II", png(small)[16:24]) == (2 * 960, 670)  # 4.8 and 3.0 inches, and a line of words
 
 
 def luminance(colour: str) -> float:
@@ -160,8 +218,15 @@ def seen(colour: str) -> Iterator[np.ndarray]:
 
 
 def test_neighbouring_lines_differ_for_every_eye() -> None:
-    looks = list(zip(figures.COLOURS, figures.MARKERS, strict=True))
+    looks = list(zip(COLOURS, MARKERS, strict=True))
     assert len({marker for _, marker in looks}) == len(looks)
     for (first, _), (second, _) in combinations(looks[:4], 2):  # more lines than these are told apart by marker too
         distances = [float(np.linalg.norm(a - b)) for a, b in zip(seen(first), seen(second), strict=True)]
         assert min(distances) > 12, (first, second, distances)
+
+
+def test_a_heat_map_gets_lighter_only_for_every_eye() -> None:
+    shades = [mpl.colors.to_hex(colour) for colour in mpl.colormaps[HEAT].resampled(LEVELS)(range(LEVELS))]
+    lightness = np.array([[lab[0] for lab in seen(shade)] for shade in shades])  # [shades, kinds of sight]
+    assert (np.diff(lightness, axis=0) > 1.0).all()
+    assert np.ptp(lightness, axis=0).min() > 60

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prismoe.plan.anatomy import Anatomy, Covered
-from prismoe.report.style import COLOURS, new_figure, number_cells, styled, svg
+from prismoe.report.page import Figure, Panel
+from prismoe.report.style import (
+    COLOURS,
+    heat_map,
+    legend_above,
+    name_cells,
+    new_figure,
+    number_cells,
+    styled,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["SUFFIXES", "panel_svgs", "picture_bytes"]
+__all__ = ["SUFFIXES", "figures", "picture_bytes"]
 
 SUFFIXES = (".png", ".svg")
 WIDTH, HEIGHT, DPI = 5.0, 3.7, 160  # of one panel, inches; dots an inch
-MOST_NUMBERS, MOST_TICKS = 10, 12
+MOST_NUMBERS = 10
 HOLDERS = ("shared expert alone", "one expert", "several experts", "nobody")
 HOLDER_COLOURS = (COLOURS[0], COLOURS[5], COLOURS[4], "#d0d0d0")
 
-Panel = tuple[str, Callable[["Axes", Anatomy], None]]
+Drawn = tuple[str, Callable[..., None]]
 
 
-def _panels(anatomy: Anatomy) -> list[Panel]:
-    found: list[Panel] = [("Who holds the neurons of a layer", _holders)]
+def _panels(anatomy: Anatomy) -> list[Drawn]:
+    found: list[Drawn] = [("Who holds the neurons of a layer", _holders)]
     if anatomy.overlap is not None:
         found.append(("Neurons two experts have in common, mean of layers", _overlap))
     if anatomy.covered is not None:
@@ -58,18 +68,19 @@ def picture_bytes(anatomy: Anatomy, path: Path, *, title: str = "") -> bytes:
     return buffer.getvalue()
 
 
-@styled
-def panel_svgs(anatomy: Anatomy) -> list[tuple[str, str]]:
-    """(caption, `<svg>` element) of each panel, for a page; none where every layer's words say it all."""
+def figures(anatomy: Anatomy) -> list[Figure]:
+    """Each panel as a figure of a page; none where every layer's words say it all."""
     held_alike = all(0 in (row.one, row.several) and not row.shared and not row.nobody for row in anatomy.layers)
     if held_alike and anatomy.kind != "overlap" and anatomy.covered is None:
         return []
-    found = []
-    for caption, draw in _panels(anatomy):
-        figure: Figure = new_figure(WIDTH, HEIGHT)
-        draw(figure.subplots(), anatomy)
-        found.append((caption, svg(figure)))
-    return found
+    return [
+        Figure(
+            f"plan_{draw.__name__.strip('_')}",
+            caption,
+            [Panel(partial(draw, anatomy=anatomy), caption, width=WIDTH, height=HEIGHT)],
+        )
+        for caption, draw in _panels(anatomy)
+    ]
 
 
 def _holders(axes: Axes, anatomy: Anatomy) -> None:
@@ -87,19 +98,18 @@ def _holders(axes: Axes, anatomy: Anatomy) -> None:
         below += share
     axes.set(xlabel="layer", ylabel="% of neurons", ylim=(0, 100))
     axes.grid(visible=False, axis="x")
-    _whole_numbers(axes)
-    _legend(axes)
+    whole_numbers(axes)
+    legend_above(axes)
 
 
 def _overlap(axes: Axes, anatomy: Anatomy) -> None:
     overlap = 100 * np.array(anatomy.overlap)
-    mesh = _mesh(axes, overlap, low=0.0, top=100.0)
+    heat_map(axes, overlap, top=100.0, label="% of an expert's neurons")
     if len(overlap) <= MOST_NUMBERS:
         number_cells(axes, overlap, top=100.0, form=".0f", size=8)
     names = [str(expert) for expert in range(len(overlap))]
-    _names(axes, names, names)
+    name_cells(axes, names, names)
     axes.set(xlabel="expert", ylabel="expert", aspect="equal")
-    axes.figure.colorbar(mesh, ax=axes, pad=0.02).set_label("% of an expert's neurons")
 
 
 def _by_cluster(axes: Axes, anatomy: Anatomy) -> None:
@@ -114,17 +124,16 @@ def _by_cluster(axes: Axes, anatomy: Anatomy) -> None:
     shares = np.array(rows)
     times = shares / np.array(sizes)[:, None]
     top = max(2.0, float(times.max()))
-    mesh = _mesh(axes, times, low=0.0, top=top)
+    heat_map(axes, times, top=top, label="× as many random neurons")
     numbered = max(times.shape) <= MOST_NUMBERS + 1
     if numbered:
         number_cells(axes, times, top=top, text=100 * shares, form=".0f", size=8)
-    _names(axes, clusters, names)
+    name_cells(axes, clusters, names)
     if len(clusters) > 2:
         for label in axes.get_xticklabels():
             label.set(rotation=30, ha="right", rotation_mode="anchor")
     cells = " (in cells: % covered)" if numbered else ""
     axes.set(xlabel=f"data cluster, its commonest domain{cells}", ylabel="expert")
-    axes.figure.colorbar(mesh, ax=axes, pad=0.02).set_label("× as many random neurons")
 
 
 def _by_layer(axes: Axes, anatomy: Anatomy) -> None:
@@ -144,31 +153,5 @@ def _by_layer(axes: Axes, anatomy: Anatomy) -> None:
     axes.set(
         xlabel="layer (band: from the lowest to the highest cluster)", ylabel="% of importance covered", ylim=(0, 100)
     )
-    _whole_numbers(axes)
-    _legend(axes)
-
-
-def _mesh(axes: Axes, grid: Any, *, low: float, top: float) -> Any:
-    axes.grid(visible=False)
-    axes.set_ylim(grid.shape[0], 0)
-    # A mesh is drawn as shapes; an image would be a bitmap inside the page.
-    return axes.pcolormesh(grid, cmap="cividis", vmin=low, vmax=top, edgecolors="white", linewidth=0.5)
-
-
-def _names(axes: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
-    for side, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
-        shown = range(0, len(names), -(-len(names) // MOST_TICKS))
-        side.set_ticks([index + 0.5 for index in shown], [names[index] for index in shown])
-    axes.tick_params(labelsize=8, length=0)
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _legend(axes: Axes) -> None:
-    axes.legend(
-        ncols=3, loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.1, columnspacing=1.0, handlelength=1.5
-    )
+    whole_numbers(axes)
+    legend_above(axes)

@@ -1,10 +1,8 @@
-"""What every figure of ours has in common: colours that everyone tells apart, letters, and how it becomes SVG."""
+"""What every figure of ours has in common: colours that everyone tells apart, letters, and the marks that recur."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -12,11 +10,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "new_figure", "number_cells", "styled", "svg"]
+__all__ = [
+    "COLOURS",
+    "GREY",
+    "MARKERS",
+    "heat_map",
+    "legend_above",
+    "log_axis",
+    "look",
+    "name_cells",
+    "new_figure",
+    "number_cells",
+    "reference_line",
+    "styled",
+    "thinned",
+    "whole_numbers",
+]
 
 # Okabe and Ito's eight, told apart with every common colour blindness; markers repeat the distinction without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
 MARKERS = "osD^vPX*"
+GREY = "#555555"
+HEAT = "cividis"  # made for colour blindness, and its lightness only grows
+LEVELS = 24  # shades of a heat map: cells of one shade are one shape in the page
+MOST_TICKS = 12
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is the one that text is measured with
@@ -28,6 +45,8 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e4e4e4",
     "axes.axisbelow": True,
+    "axes.titlesize": 10.0,
+    "axes.titlelocation": "left",
     "legend.frameon": False,
     "legend.fontsize": 9.0,
 }
@@ -56,8 +75,96 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def look(index: int) -> dict[str, Any]:
+    """Colour and marker of line number `index`."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def thinned(x: Any, y: Any, *, most: int = 500) -> tuple[Any, Any, Any, Any]:
+    """(x, mean, lowest, highest) of at most `most` runs of neighbouring points: a long log stays a small page."""
+    import numpy as np
+
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    starts = np.unique(np.linspace(0, len(x), min(most, len(x)), endpoint=False).astype(int))
+    counts = np.diff([*starts, len(x)])
+    centre, mean = (np.add.reduceat(part, starts) / counts for part in (x, y))
+    return centre, mean, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Ticks of the x axis at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_axis(axes: Axes) -> None:
+    """The y axis by powers of ten, with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def reference_line(axes: Axes, value: float) -> None:
+    """A dashed line across, at what is compared with."""
+    axes.axhline(value, color=GREY, linewidth=1.0, linestyle="--")
+
+
+def legend_above(axes: Axes, *, columns: int = 3) -> None:
+    """The legend over the axes, where it covers no data."""
+    axes.legend(
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        borderaxespad=0.1,
+        columnspacing=1.0,
+        handlelength=1.5,
+    )
+
+
+def heat_map(axes: Axes, grid: Any, *, top: float, label: str, low: float = 0.0) -> None:
+    """Cells [rows, columns] from `low` (dark) to `top` (light), the first row at the top, and a bar that says so."""
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    grid = np.asarray(grid, np.float64)
+    colours = mpl.colormaps[HEAT].resampled(LEVELS)
+    span = top - low if top > low else 1.0
+    shades = np.clip(((grid - low) / span * LEVELS).astype(int), 0, LEVELS - 1)
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    edge = 0.5 if grid.size <= 600 else 0.2 if grid.size <= 2500 else 0.0
+    for shade in np.unique(shades):
+        rows, columns = np.nonzero(shades == shade)
+        vertices = (np.stack([columns, rows], 1)[:, None, :] + corners).reshape(-1, 2)
+        colour = colours(int(shade))
+        cells = Path(vertices, codes * len(rows))
+        axes.add_patch(PathPatch(cells, facecolor=colour, edgecolor="white" if edge else colour, linewidth=edge or 0.2))
+    axes.grid(visible=False)
+    axes.set(xlim=(0, grid.shape[1]), ylim=(grid.shape[0], 0))
+    scale = ScalarMappable(Normalize(low, low + span), colours)
+    axes.figure.colorbar(scale, ax=axes, pad=0.02, aspect=30).set_label(label)
+
+
+def name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str], *, upright: bool = False) -> None:
+    """Names along a heat map, some left out where there are many."""
+    for side, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        shown = range(0, len(names), -(-len(names) // (MOST_TICKS if side is axes.xaxis else 2 * MOST_TICKS)))
+        side.set_ticks([index + 0.5 for index in shown], [names[index] for index in shown])
+    axes.tick_params(labelsize=8, length=0)
+    if upright:
+        axes.tick_params(axis="x", labelrotation=90)
+
+
 def number_cells(axes: Axes, grid: Any, *, top: float, text: Any = None, form: str = ".1f", size: float = 7.0) -> None:
-    """Write into the cells of a mesh (cividis from 0 to `top`) its numbers, or those of `text`, of the same shape."""
+    """Write into the cells of a heat map (from 0 to `top`) its numbers, or those of `text`, of the same shape."""
     numbers = grid if text is None else text
     for place in _places(grid.shape):
         colour = "white" if grid[place] < 0.55 * top else "black"
@@ -67,12 +174,3 @@ def number_cells(axes: Axes, grid: Any, *, top: float, text: Any = None, form: s
 
 def _places(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     return ((row, column) for row in range(shape[0]) for column in range(shape[1]))
-
-
-def svg(figure: Figure) -> str:
-    """The figure as an `<svg>` element that grows and shrinks with the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    head, body = text[text.index("<svg") :].split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
