@@ -28,7 +28,9 @@ class Piece:
 
 
 def draw_pieces(spans_W2: npt.NDArray[np.int64], *, size: int, name: str, seed: int) -> list[Piece]:
-    """Pieces of windows (first and last + 1 position in a text) that fill at most `size` places, one left free behind each, in the order of the text.
+    """Pieces of windows that fill at most `size` places, one left free behind each, in the order of the text.
+
+    A row of `spans_W2` is the first and last + 1 position of a window in the text.
 
     Every piece is as likely as every other; which ones depends on `seed`, `name` and the spans alone, so a text that
     is traced again with another model or batch size gives the same tokens.

@@ -57,7 +57,7 @@ class TracedText:
 
 
 def domain_text(domain: Domain, *, seq_len: int, max_tokens: int | None, seed: int) -> TracedText:
-    """Windows of the held-out split, cut as evaluation cuts them; of many so many as hold `max_tokens`, drawn by `seed`.
+    """Windows of the held-out split, cut as evaluation cuts them; those that hold `max_tokens` are drawn by `seed`.
 
     Raises:
         InputError: nothing is held out.
@@ -76,7 +76,7 @@ def domain_text(domain: Domain, *, seq_len: int, max_tokens: int | None, seed: i
 
 
 def _drawn(spans_W2: IdArray, max_tokens: int | None, keys: npt.NDArray[np.uint64]) -> IdArray:
-    """As many windows, at least one, as hold at most `max_tokens`, in their order; which ones is a matter of the keys."""
+    """Windows that hold at most `max_tokens` (one at least), in their order; the keys say which."""
     count = len(spans_W2)
     lengths_W = spans_W2[:, 1] - spans_W2[:, 0]
     if max_tokens is None or int(lengths_W.sum()) <= max_tokens:
