@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
 
 from prismoe.data.blocks import read_lines
 from prismoe.data.reader import BadDocument, read_object, too_long
 from prismoe.data.sources import expand
 from prismoe.errors import InputError, UsageError
+from prismoe.tune.forms import Role, Turns, check_name, recognise, turns
 
 __all__ = ["SUFFIXES", "Conversation", "Message", "Refusals", "Role", "find_files", "read_conversations"]
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz")
 MAX_CHARACTERS = 4 << 20  # of one conversation; the longest real ones have some 10^5
-Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,17 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """An optional system message, then user and assistant in turn; the last message is an assistant's."""
+    """An optional system message, then user and assistant in turn; the last message is an assistant's.
+
+    `form` is the row's, a name of `tune.forms`. `unanswered` where the row ended with one more message of the user,
+    which teaches nothing and is left out.
+    """
 
     messages: tuple[Message, ...]
     file: str
     line: int
+    form: str = ""
+    unanswered: bool = False
 
     @property
     def where(self) -> str:
@@ -123,8 +128,6 @@ def read_conversations(
         BadDocument: invalid JSON, a row of another form, no assistant turn, roles out of order, empty text, an unknown
             role, text that is none; the message names file and line.
     """
-    from prismoe.tune.forms import check_name, recognise, turns
-
     check_name(form)
     found = False
     for number, (line, _) in enumerate(read_lines(Path(path)), start=1):
@@ -138,7 +141,8 @@ def read_conversations(
             if form == "auto":
                 form = recognise(row, where)
             found = True
-            yield Conversation(_checked(turns(row, form, where), where), str(path), number)
+            messages, unanswered = _checked(turns(row, form, where), where)
+            yield Conversation(messages, str(path), number, form, unanswered)
         except BadDocument as error:
             found = True
             if on_bad is None:
@@ -148,6 +152,29 @@ def read_conversations(
         raise InputError("no conversations in it", where=str(path))
 
 
-def _checked(found: Sequence[tuple[Role, Any]], where: str) -> tuple[Message, ...]:
-    """Messages of turns that follow each other as they must."""
-    raise NotImplementedError
+def _checked(found: Turns, where: str) -> tuple[tuple[Message, ...], bool]:
+    """Messages of turns that follow each other as they must, and whether a last question was left out."""
+    messages = [Message(role, text) for role, text in found if role != "system" or text.strip()]
+    if not any(message.role == "assistant" for message in messages):
+        raise BadDocument("no assistant turn", reason="no assistant turn", where=where)
+    expected: tuple[Role, ...] = ("system", "user")
+    size = 0
+    for turn, message in enumerate(messages, start=1):
+        if message.role not in expected:
+            raise BadDocument(
+                f"turn {turn} is {message.role}", reason="roles out of order", where=where, needed=" or ".join(expected)
+            )
+        if not message.content.strip():
+            raise BadDocument(f"turn {turn} ({message.role}) is empty", reason="empty text", where=where)
+        size += len(message.content)
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            raise BadDocument(
+                "half of a surrogate pair, which is no character", reason="not a character", where=where
+            ) from error
+        expected = ("assistant",) if message.role == "user" else ("user",)
+    if size > MAX_CHARACTERS:
+        raise BadDocument(f"a conversation of {size:,} characters", reason="too long", where=where)
+    unanswered = messages[-1].role == "user"
+    return tuple(messages[:-1] if unanswered else messages), unanswered

@@ -1,17 +1,33 @@
-"""Conversations as token ids with the mask of what is to be learned: the assistant's tokens and its end-of-turn token."""
+"""Conversations as token ids with the mask of what is learned: the answers' tokens and the end-of-turn tokens."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from prismoe.tune.conversations import Conversation
+from prismoe import registry
+from prismoe.data.reader import BadDocument
+from prismoe.errors import InputError, UsageError
+from prismoe.tune.conversations import Conversation, Message
+from prismoe.tune.guard import Guard, Shown
 
-__all__ = ["ChatTemplate", "Rendered", "open_template", "render"]
+__all__ = ["TEMPLATES", "ChatTemplate", "Rendered", "open_template", "render"]
+
+TEMPLATES = "prismoe.tune.templates"
+MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some 10^4
+_PROBE = (
+    Message("user", "Zig 1?"),
+    Message("assistant", "Zag 1."),
+    Message("user", "Zig 2?"),
+    Message("assistant", "Zag 2."),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +52,37 @@ class Rendered:
 
 
 class ChatTemplate:
-    """A template and the guarded process that renders it; a context manager, reused for every conversation.
+    """A template bound to a tokenizer, with the guarded process that renders it; a context manager.
 
-    `name`, `source` (Jinja, as it belongs into the tuned model's tokenizer), `sha256` of the source, `end_token` (id
-    that closes an answer).
+    `name`; `source`, the Jinja that belongs into the tuned model's tokenizer; `sha256` of that; `marks`, whether it
+    says itself what is the assistant's; `end_token`, the id that closes an answer; `starts`, whether it writes the
+    tokenizer's start token. Use `open_template`.
     """
 
-    name: str
-    source: str
-    sha256: str
-    end_token: int
+    def __init__(self, name: str, source: str, tokenizer: Any) -> None:
+        from tokenizers import Tokenizer, processors
+
+        self.name, self.source = name, source
+        self.sha256 = sha256(source.encode()).hexdigest()
+        added = tokenizer.added_tokens_decoder
+        control = {token.content for token in added.values() if token.special}
+        self._control = re.compile(
+            "|".join(re.escape(token) for token in sorted(control, key=len, reverse=True)) or "(?!)"
+        )
+        # A copy that knows exactly which characters a token stands for: the byte level's trims spaces off its offsets,
+        # and a start token is the template's to write.
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        variables = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        self.guard = Guard(source, variables=variables, where=f"template {name}")
+        try:
+            self.marks = self.guard.marks
+            self.end_token, self.starts = self._probe(frozenset(added), tokenizer.bos_token_id)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> ChatTemplate:
         return self
@@ -55,20 +92,177 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the guarded process."""
+        self.guard.close()
+
+    def prompt(self, messages: Sequence[Message], *, where: str = "") -> npt.NDArray[np.int32]:
+        """Ids of a conversation up to where the assistant's next answer begins.
+
+        Raises:
+            BadDocument: the template refuses it, or a message holds a control token.
+        """
+        self._check_control(messages, where)
+        shown = self.guard.render(messages, prompt=True, where=where)
+        return np.asarray(self._tokenizer.encode(shown.text, add_special_tokens=False).ids, np.int32)
+
+    def _probe(self, added: frozenset[int], start_token: int | None) -> tuple[int, bool]:
+        """The end-of-turn token and whether there is a start token, seen on a conversation of two answers."""
+        where = f"template {self.name}"
+        try:
+            shown = self.guard.render(_PROBE)
+        except BadDocument as error:
+            raise InputError(error.found, where=where) from error
+        self._check_spans(shown, _PROBE)
+        ids_T, offsets_T2 = self._encode(shown.text)
+        starts = [int(number) == start_token for number in ids_T[:2]]
+        if all(starts):
+            raise InputError("writes the start token twice", where=where)
+        ends = set()
+        for span in shown.spans:
+            inside = np.flatnonzero(_overlaps(offsets_T2, span))
+            last = next((t for t in inside[::-1] if int(ids_T[t]) in added or _text(shown, offsets_T2[t]).strip()), -1)
+            ends.add(int(ids_T[last]) if last >= 0 else -1)
+        if len(ends) != 1 or not ends <= added:
+            raise InputError(
+                "an answer does not end with a token of its own",
+                where=where,
+                needed="an end-of-turn token that the tokenizer knows, as the last thing of each answer",
+                hint="" if not self.marks else "the end token belongs before {% endgeneration %}",
+            )
+        return ends.pop(), starts[0]
+
+    def _check_spans(self, shown: Shown, messages: Sequence[Message]) -> None:
+        answers = sum(message.role == "assistant" for message in messages)
+        if len(shown.spans) != answers:
+            raise InputError(f"marks {len(shown.spans)} of {answers} answers", where=f"template {self.name}")
+
+    def _check_control(self, messages: Sequence[Message], where: str) -> None:
+        for turn, message in enumerate(messages, start=1):
+            if found := self._control.search(message.content):
+                raise BadDocument(
+                    f"turn {turn} holds the control token {found[0]}", reason="control token in the text", where=where
+                )
+
+    def _encode(self, text: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Ids [T] of the whole text, tokenised once, and the characters [T, 2] that each stands for."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int64).reshape(-1, 2)
+
+    def encode(self, conversation: Conversation) -> tuple[npt.NDArray[np.int32], list[tuple[int, int]]]:
+        """Ids of the whole conversation, and the tokens (begin, end) of each answer, the end-of-turn token last.
+
+        Raises:
+            BadDocument: the template refuses it, or a text holds a control token.
+        """
+        where = conversation.where
+        self._check_control(conversation.messages, where)
+        shown = self.guard.render(conversation.messages, where=where)
+        self._check_spans(shown, conversation.messages)
+        ids_T, offsets_T2 = self._encode(shown.text)
+        answers = []
+        for span in shown.spans:
+            inside = np.flatnonzero(_overlaps(offsets_T2, span))
+            ends = inside[ids_T[inside] == self.end_token]
+            if not len(ends):
+                raise BadDocument("an answer without its end token", reason="no end token", where=where)
+            answers.append((int(inside[0]), int(ends[-1]) + 1))
+        return ids_T, answers
+
+
+def _overlaps(offsets_T2: npt.NDArray[np.int64], span: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Tokens [T] that stand for any character of the span; one that stands for none belongs to what follows it."""
+    begin_T, end_T = offsets_T2[:, 0], offsets_T2[:, 1]
+    found: npt.NDArray[np.bool_] = (begin_T < span[1]) & (
+        (end_T > span[0]) | ((begin_T == end_T) & (begin_T >= span[0]))
+    )
+    return found
+
+
+def _text(shown: Shown, offsets: npt.NDArray[np.int64]) -> str:
+    return shown.text[int(offsets[0]) : int(offsets[1])]
 
 
 def open_template(name: str, *, tokenizer: Any) -> ChatTemplate:
     """`model` (the tokenizer's own), a name of `prismoe.tune.templates`, or a Jinja file.
 
     Everything that can be wrong with the pair is found here, on a conversation of two answers.
+
+    Args:
+        name: which template.
+        tokenizer: a stock fast tokenizer (`PreTrainedTokenizerFast`).
+
+    Raises:
+        UsageError: an unknown name.
+        InputError: no such template, a tokenizer without an end token or without one that the template writes, a
+            template that is no Jinja, breaks a limit, or whose answers and their ends cannot be told from the rest.
     """
-    raise NotImplementedError
+    where = f"template {name}"
+    end = tokenizer.eos_token
+    if end is None or tokenizer.backend_tokenizer.token_to_id(end) is None:
+        raise InputError(
+            "a tokenizer without an end token", where=where, needed="eos_token in tokenizer_config.json, known to it"
+        )
+    if name == "model":
+        own = tokenizer.chat_template
+        source = own.get("default") if isinstance(own, dict) else own
+        if not isinstance(source, str):
+            known = ", ".join(registry.names(TEMPLATES))
+            raise InputError("the tokenizer has no chat template", where=where, hint=f"name one of {known}, or a file")
+        return ChatTemplate(name, source, tokenizer)
+    if "/" in name or "." in name:
+        return ChatTemplate(name, _read(Path(name).expanduser()), tokenizer)
+    module = registry.load(TEMPLATES, name, where="template")
+    for token in module.TOKENS:
+        if tokenizer.backend_tokenizer.token_to_id(token) not in tokenizer.added_tokens_decoder:
+            raise InputError(
+                f"the tokenizer has no token {token}",
+                where=where,
+                hint="vicuna_v1_1 needs no token beside the end token",
+            )
+    starts = tokenizer.bos_token is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return ChatTemplate(name, ("{{ bos_token }}" if starts else "") + module.TEMPLATE, tokenizer)
 
 
-def render(conversation: Conversation, template: ChatTemplate, tokenizer: Any, *, max_len: int) -> Rendered:
-    """Ids and mask of one conversation, cut at the end of an answer to at most `max_len` ids.
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEMPLATE:
+            raise InputError(f"a template over {MAX_TEMPLATE >> 20} MiB", where=str(path))
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(
+            "no such template",
+            where=str(path),
+            needed="a Jinja file, model, or one of " + ", ".join(registry.names(TEMPLATES)),
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read ({error})", where=str(path)) from error
+
+
+def render(conversation: Conversation, template: ChatTemplate, *, max_len: int) -> Rendered:
+    """Ids and mask of one conversation, at most `max_len` ids.
+
+    A longer one is cut after the last answer that ends within; where not even the first does, within that answer.
 
     Raises:
         BadDocument: nothing in it that could be learned; `reason` counts it.
     """
-    raise NotImplementedError
+    ids_T, answers = template.encode(conversation)
+    length = len(ids_T)
+    if length > max_len:
+        length = max((end for _, end in answers if end <= max_len), default=max_len)
+    supervised_T = np.zeros(length, np.bool_)
+    for begin, end in answers:
+        supervised_T[begin:end] = True
+    if not supervised_T.any():
+        raise BadDocument(
+            f"the first answer begins after {answers[0][0]:,} ids, beyond the {max_len:,} that fit",
+            reason="nothing supervised",
+            where=conversation.where,
+        )
+    return Rendered(
+        input_ids_T=ids_T[:length].copy(),
+        supervised_T=supervised_T,
+        truncated=length < len(ids_T),
+        num_end_of_turn_supervised=sum(end <= length for _, end in answers),
+        file=conversation.file,
+        line=conversation.line,
+    )
