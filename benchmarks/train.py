@@ -3,6 +3,7 @@
     python benchmarks/train.py                   # everything; some minutes
     python benchmarks/train.py --only step       # P14
     python benchmarks/train.py --only loop       # over forward, backward and AdamW alone, and the wait for data
+    python benchmarks/train.py --only save       # how long training stands still for a checkpoint
     python benchmarks/train.py --only runtime    # P17
 
 CPU seconds of this process, the least of the repetitions, which go round all sides in turn. "stock" is transformers
@@ -209,6 +210,39 @@ def _loop(name: str, model: Any, folder: Path, *, rows: int, length: int, times:
     print(f"data wait {100 * wait:.2f} % (goal <= 2 %: {'met' if wait <= 0.02 else 'MISSED'})", flush=True)
 
 
+def save(times: int) -> None:
+    """A checkpoint of the 24 M model: until it is whole, and until training goes on. Wall time, the least and most."""
+    from transformers import MixtralForCausalLM
+
+    from prismoe.train import checkpoints
+    from prismoe.train.engine import Engine
+    from prismoe.train.engine.layout import Layout
+    from prismoe.train.routers import Policy
+    from prismoe.train.saving import Saver
+    from prismoe.train.settings import PretrainConfig
+    from prismoe.train.updates import adamw
+
+    model = MixtralForCausalLM(mixtral("24M"))
+    optimizer = adamw(model.parameters(), PretrainConfig())
+    found: dict[str, list[float]] = {"written": [], "copied": []}
+    with tempfile.TemporaryDirectory() as folder, Engine.start(Layout(), device="cpu") as engine:
+        tensors = checkpoints.tensors_of(model, Policy([]), optimizer)
+        saver = Saver(Path(folder) / "beside", keep=1, engine=engine)
+        for number in range(min(times, 8)):
+            begin = time.perf_counter()
+            checkpoints.save(Path(folder) / "waiting", step=number, engine=engine, tensors=tensors, state={})
+            checkpoints.prune(Path(folder) / "waiting", keep=1)
+            found["written"].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            saver.save(tensors, step=number, state={})
+            found["copied"].append(time.perf_counter() - begin)
+            saver.wait()
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    print(f"a checkpoint of {size / 1e6:.0f} MB (load {os.getloadavg()[0]:.1f}):", end=" ")
+    shown = (f"{side} after {1e3 * min(each):.0f} - {1e3 * max(each):.0f} ms" for side, each in found.items())
+    print(", ".join(shown), f"; {min(found['written']) / min(found['copied']):.1f} x", flush=True)
+
+
 UNTOUCHED = """
 import torch
 before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
@@ -232,7 +266,12 @@ def check_runtime(_: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts: dict[str, Callable[[int], None]] = {"runtime": check_runtime, "step": step, "loop": loop}
+    parts: dict[str, Callable[[int], None]] = {
+        "runtime": check_runtime,
+        "step": step,
+        "loop": loop,
+        "save": save,
+    }
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--times", type=int, default=20, help="steps of each side")
     given = parser.parse_args()
