@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prismoe.errors import InputError, ResourceError, UsageError
+from prismoe.evaluate.localfiles import LOCAL, read_files
 from prismoe.progress import Progress, quiet
+from prismoe.registry import names, suggestion
 
-__all__ = ["TaskResult", "WantedTask", "check_tasks", "score_tasks"]
+if TYPE_CHECKING:
+    from prismoe.evaluate.harness import Benchmark, HarnessModel
+
+__all__ = ["TaskResult", "WantedTask", "average", "check_tasks", "score_tasks", "suites"]
+
+_SUITES = "prismoe.evaluate.suites"
 
 
 @dataclass(frozen=True)
 class WantedTask:
-    """One task as it will be run: what the table calls it, its examples in the prompt, the metric that is its score."""
+    """One task as it will be run, with the number of examples in its prompts."""
 
     task: str
     num_fewshot: int
-    metric: str
 
 
 @dataclass(frozen=True)
@@ -62,15 +74,40 @@ def check_tasks(
 ) -> tuple[WantedTask, ...]:
     """The tasks of `suite` or `tasks` in the order they are shown, after everything that can be wrong without a model.
 
-    A task is written `name` or `name:shots`; without shots it takes those of the paper's protocol.
+    A task is written `name` or `name:shots`; without shots it takes those of a suite that has it, else none.
 
     Raises:
-        UsageError: both or neither given, an unknown suite or task, a task that runs generated code, no `files` while
-            `offline`.
+        UsageError: both or neither given, an unknown suite or task, a task twice or one that runs generated code, no
+            `files` while `offline`.
         InputError: a benchmark file is missing or damaged.
         ResourceError: the harness is not installed.
     """
-    raise NotImplementedError
+    if (suite is None) == (tasks is None) or not (suite or tasks):
+        raise UsageError("both suite and tasks" if suite and tasks else "no benchmark", needed="a suite or tasks")
+    wanted = _suite(suite) if suite else tuple(_wanted(written) for written in tasks or ())
+    twice = [one.task for number, one in enumerate(wanted) if one.task in {other.task for other in wanted[:number]}]
+    if twice:
+        raise UsageError(f"{twice[0]} twice", where="tasks", needed="each once")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ResourceError("lm-evaluation-harness is not installed", needed="pip install 'prismoe[eval]'")
+    if files is None:
+        if offline:
+            raise UsageError("no benchmark files", where="offline", needed="files, a folder of JSONL")
+        from prismoe.evaluate.harness import definition_files
+
+        for one in wanted:
+            definition_files(one.task)
+        return wanted
+    if not Path(files).is_dir():
+        raise InputError("no such folder", where=str(files), needed="a folder of benchmark files")
+    for one in wanted:
+        if one.task not in LOCAL:
+            known = "one of " + ", ".join(LOCAL)
+            hint = suggestion(one.task, LOCAL) + "; without files the harness fetches any of its tasks"
+            raise UsageError(f"unknown task {one.task!r} for files", where="tasks", needed=known, hint=hint)
+    for one in wanted:
+        read_files(one.task, Path(files), num_fewshot=one.num_fewshot)
+    return wanted
 
 
 def score_tasks(
@@ -83,15 +120,102 @@ def score_tasks(
     batch_size: int = 16,
     seed: int = 0,
     offline: bool = False,
+    on_result: Callable[[TaskResult], None] = lambda result: None,
     on_progress: Progress = quiet,
 ) -> list[TaskResult]:
     """Score the stock model in `model_folder` on the tasks of `suite` or `tasks`, in float32, in their order.
 
     `files` is a folder of JSONL files; without it the harness fetches its own data. At most `limit` documents a task
-    are scored: the first ones, spread over the subjects of MMLU. `batch_size` prompts are computed at once.
+    are scored: the first ones, spread over the subjects of MMLU. `batch_size` prompts are computed at once; it changes
+    log-likelihoods by rounding alone (prompts are padded on the right, behind everything that counts). `seed` draws the
+    examples in prompts. `on_result` gets each result as soon as it is there.
 
     Raises:
-        UsageError, InputError, ResourceError: see `check_tasks`; a tokenizer that does not fit the model.
+        UsageError, InputError, ResourceError: see `check_tasks`; a tokenizer that does not fit the model, an answer
+            longer than its positions, too little memory.
         NumericalError: logits that are not finite.
     """
-    raise NotImplementedError
+    if (limit is not None and limit < 1) or batch_size < 1:
+        raise UsageError(f"limit {limit}, batch_size {batch_size}", needed="at least 1")
+    wanted = check_tasks(suite, tasks, files, offline=offline)
+    from prismoe.evaluate.harness import definition_files, open_benchmark, open_model, run
+
+    model, results = None, []
+    for one in wanted:
+        rows = read_files(one.task, Path(files), num_fewshot=one.num_fewshot) if files is not None else None
+        benchmark = open_benchmark(
+            one.task, definition_files(one.task), rows, num_fewshot=one.num_fewshot, limit=limit, seed=seed
+        )
+        model = model or open_model(Path(model_folder), batch_size=batch_size, on_progress=on_progress)
+        results.append(_result(model, benchmark, run(model, benchmark), limit=limit, seed=seed))
+        on_result(results[-1])
+    return results
+
+
+def suites() -> dict[str, dict[str, int]]:
+    """Every suite by name: its tasks in order, with the number of examples in the prompt."""
+    return {name.replace("_", "-"): dict(importlib.import_module(f"{_SUITES}.{name}").TASKS) for name in names(_SUITES)}
+
+
+def average(results: Sequence[TaskResult]) -> tuple[float, float | None]:
+    """The plain mean of scores, which is LLaMA-MoE's average, and its standard error (tasks are independent)."""
+    errors = [result.standard_error for result in results]
+    known = [error for error in errors if error is not None]
+    error = math.sqrt(sum(value**2 for value in known)) / len(known) if len(known) == len(errors) else None
+    return sum(result.score for result in results) / len(results), error
+
+
+def _suite(name: str) -> tuple[WantedTask, ...]:
+    known = suites()
+    if name not in known:
+        raise UsageError(
+            f"unknown {name!r}", where="suite", needed="one of " + ", ".join(known), hint=suggestion(name, known)
+        )
+    return tuple(WantedTask(task, shots) for task, shots in known[name].items())
+
+
+def _wanted(written: str) -> WantedTask:
+    task, _, shots = written.partition(":")
+    if shots and not shots.isdecimal():
+        raise UsageError(f"{shots!r} examples", where=f"tasks: {written}", needed="a whole number, as in arc_easy:5")
+    usual = {name: count for suite in suites().values() for name, count in suite.items()}
+    return WantedTask(task, int(shots) if shots else usual.get(task, 0))
+
+
+def _result(
+    model: HarnessModel, benchmark: Benchmark, documents: list[dict[str, Any]], *, limit: int | None, seed: int
+) -> TaskResult:
+    per_document_N = np.array([float(document[benchmark.metric]) for document in documents])
+    chances = [_chance(benchmark, document) for document in documents]
+    # Texts alone: settings of a generation may depend on the model.
+    prompts = [
+        [[text for text in arguments if isinstance(text, str)] for arguments in document["arguments"]]
+        + [document["target"]]
+        for document in documents
+    ]
+    spread = float(per_document_N.std(ddof=1)) if len(documents) > 1 else None
+    return TaskResult(
+        task=benchmark.task,
+        metric=benchmark.metric,
+        score=float(per_document_N.mean()),
+        standard_error=None if spread is None else spread / math.sqrt(len(documents)),
+        chance=None if None in chances else float(np.mean(np.array(chances, np.float64))),
+        num_fewshot=benchmark.num_fewshot,
+        num_documents=len(documents),
+        num_requests=model.requests,
+        num_truncated=model.truncated,
+        limit=limit,
+        seed=seed,
+        harness=benchmark.harness,
+        task_hash=benchmark.task_hash,
+        documents_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        note="; ".join((*benchmark.notes, *model.notes)),
+        per_document_N=per_document_N,
+    )
+
+
+def _chance(benchmark: Benchmark, document: dict[str, Any]) -> float | None:
+    """What a blind guess scores on one document: one choice of several, or the share of true answers (mc2)."""
+    if benchmark.task == "truthfulqa_mc2":
+        return float(np.mean(document["doc"]["mc2_targets"]["labels"]))
+    return 1 / len(document["arguments"]) if benchmark.has_choices else None
