@@ -52,7 +52,8 @@ def load_fractions(trace: RoutingTrace) -> Array:
 def _ratio(part: Array, whole: Array, *, otherwise: float = 0.0) -> Array:
     """part / whole, and `otherwise` where there is nothing to divide by."""
     found = np.full(np.broadcast_shapes(part.shape, whole.shape), otherwise)
-    return np.divide(part, whole, out=found, where=np.broadcast_to(whole > 0, found.shape))
+    np.divide(part, whole, out=found, where=np.broadcast_to(whole > 0, found.shape))
+    return found
 
 
 def routing_vectors(trace: RoutingTrace, *, layer: int = -1, scaling: Scaling = "fractions") -> Array:
@@ -85,7 +86,8 @@ def distance_matrix(
         return _distances(_scaled(fractions_GLE[:, -1], scaling))
     if scaling == "compat":
         return _distances(_scaled(fractions_GLE.mean(axis=1), scaling))
-    return np.mean([_distances(fractions_GLE[:, layer]) for layer in range(len(trace.layers))], axis=0)
+    found: Array = np.mean([_distances(fractions_GLE[:, layer]) for layer in range(len(trace.layers))], axis=0)
+    return found
 
 
 def _distances(vectors_GE: Array) -> Array:
