@@ -25,12 +25,12 @@ Adapted = Literal["attention", "experts", "shared"]
 class TuneConfig:
     """Settings of `tune`. Defaults are LLaMA-MoE's (arXiv 2406.16554, section 5.10, and its published scripts).
 
-    `data` are files or patterns of conversations in one of the forms of `tune.forms` (`form`), rendered by `template` (a
-    name, a file, or "model" for the model's own). `max_refused` is the share of rows that may be no conversation.
-    `seq_len` is where a conversation is cut off. A batch is
-    `batch_size` rows, computed `micro_batch_size` at a time; a row is a conversation, or with `packing` as many whole
-    ones as fit into `seq_len` ids. Rows of a micro-batch are laid end to end and never padded; each conversation
-    attends to itself alone.
+    `data` are files or patterns of conversations in one of the forms of `tune.forms` (`form`), rendered by `template`
+    (a name, a file, or "model" for the model's own) and cut off after `seq_len` ids; `max_refused` is the share of rows
+    that may be no conversation.
+    A batch is `batch_size` rows, computed `micro_batch_size` at a time; a row is a conversation, or with `packing` as
+    many whole ones as fit into `seq_len` ids. Rows of a micro-batch are laid end to end and never padded; each
+    conversation attends to itself alone.
     `lr` rises over `warmup_ratio` of the steps and falls along a half-cosine to 0. `clip` is the largest global
     gradient norm. `precision` "bf16" computes matrix products in bfloat16 over float32 weights. `recompute` computes
     activations a second time instead of keeping them. `experts` and `unfold_scale` are those of `pretrain`.
