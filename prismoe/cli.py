@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.verbs import filters, folders, machine, mixing, show, stages
+from prismoe.verbs import filters, folders, machine, mixing, routing, show, stages
 from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ VERBS: dict[str, Verb] = {
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),
     "eval": Verb(stages.stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
+    "trace": Verb(
+        routing.trace, "what the routers do with each domain, of a run or of MODEL DATA", ("trace", "data"), dry=False
+    ),
     "report": Verb(stages.stages, "write the run's report.html"),
     "run": Verb(stages.stages, "all of these into one run folder, finished stages kept", ("plan", "convert", "data")),
     "import": Verb(folders.import_, "a LLaMA-MoE checkpoint as a stock mixture", options="ImportOptions"),
@@ -153,7 +156,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 def _job(flags: argparse.Namespace, screen: Screen) -> Job:
     subjects = [text for text in flags.rest if "=" not in text]
-    if len(subjects) > 1 and flags.verb != "reference-loss":
+    if len(subjects) > 1 and flags.verb not in ("reference-loss", "trace"):
         raise UsageError(f"{subjects[1]!r} after {subjects[0]!r}", needed="one config, model or run folder")
     overrides = tuple(text for text in flags.rest if "=" in text)
     return Job(flags.verb, subjects[0] if subjects else None, overrides, flags, screen, tuple(subjects[1:]))

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from prismoe.console import Screen, bytes_text, count_text, seconds_text
 from prismoe.showforecast import show_forecast
+from prismoe.showtrace import show_trace, trace_line
 
 __all__ = ["branch_rows", "summary", "view"]
 
@@ -362,6 +363,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "pretrain": _pretrain_line,
     "eval": _eval_line,
     "reference-loss": lambda receipt: f"{receipt['out']}: {len(receipt['losses'])} domains",
+    "trace": trace_line,
     "report": lambda receipt: f"{receipt['report']} ({bytes_text(receipt['bytes'])})",
 }
 _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
@@ -376,4 +378,5 @@ _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "pretrain": _pretrain,
     "eval": _eval,
     "reference-loss": _reference_loss,
+    "trace": show_trace,
 }

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from prismoe.calibrate.settings import CalibrateConfig
     from prismoe.train.settings import PretrainConfig
 
-__all__ = ["Config", "ConvertConfig", "DataConfig", "DomainConfig", "EvalConfig", "PlanConfig", "VerifyConfig"]
+__all__ = [
+    "Config",
+    "ConvertConfig",
+    "DataConfig",
+    "DomainConfig",
+    "EvalConfig",
+    "PlanConfig",
+    "TraceConfig",
+    "VerifyConfig",
+]
 
 Paths = str | list[str]
 Positive = Annotated[int, Field(ge=1)]
@@ -109,6 +118,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class TraceConfig:
+    """What the routers do with held-out text: windows of `seq_len` ids (default: the training length), `max_tokens` of
+    each domain, `sample_tokens` of them kept one by one. `benchmarks` are JSONL files (globs, folders) as further
+    domains. `model` and `before` are folders; by default the trained mixture and the one of step 0.
+    """
+
+    model: str | None = None
+    before: str | None = None
+    benchmarks: Paths | None = None
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=2)] = 16_384
+    sample_tokens: Annotated[int, Field(ge=128)] = 4096
+    batch_size: Positive = 16
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. `source` is a dense HF folder or hub name, `out` the run folder."""
 
@@ -122,6 +148,7 @@ class Config:
     data: DataConfig | None = None
     pretrain: PretrainConfig | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     places: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # dotted key: where it was written
 
     def need(self, key: str) -> Any:

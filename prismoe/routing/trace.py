@@ -27,7 +27,7 @@ from prismoe.train.experts import use_experts
 from prismoe.train.fit import check_fit, num_experts
 from prismoe.train.model import load_model
 
-__all__ = ["RoutingTrace", "trace"]
+__all__ = ["RoutingTrace", "check_mixture", "trace"]
 
 
 def trace(
@@ -69,11 +69,8 @@ def trace(
     checkpoint = Checkpoint.open(model, offline=offline)
     where = str(checkpoint.folder)
     opened = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
+    check_mixture(checkpoint)
     texts = _texts(checkpoint, opened, benchmarks, seq_len=seq_len, max_tokens=max_tokens, seed=seed)
-    if not num_experts(checkpoint.config):
-        raise InputError("no router in it: a dense model", where=where, needed="a mixture", hint="prismoe convert")
-    if not checkpoint.has_weights:
-        raise InputError("no weights", where=where, needed="model.safetensors")
     place = _device(device)
     facts: dict[str, Any] = {
         "model": {
@@ -105,6 +102,19 @@ def trace(
                 done += len(text.spans_W2)
             on_progress("trace", done, total)
             return _assemble(texts, found, meter, facts)
+
+
+def check_mixture(checkpoint: Checkpoint) -> None:
+    """That there is something to trace, from config and index alone.
+
+    Raises:
+        InputError: a dense model, or a folder without weights.
+    """
+    where = str(checkpoint.folder)
+    if not num_experts(checkpoint.config):
+        raise InputError("no router in it: a dense model", where=where, needed="a mixture", hint="prismoe convert")
+    if not checkpoint.has_weights:
+        raise InputError("no weights", where=where, needed="model.safetensors")
 
 
 def _texts(

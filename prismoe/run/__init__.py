@@ -187,7 +187,7 @@ def _wanted(config: Config, name: str) -> bool:
 
 def _has_sections(config: Config, name: str) -> bool:
     if config.pretrain is not None and name in {
-        "dense": ("plan", "convert", "verify"),
+        "dense": ("plan", "convert", "verify", "trace"),
         "online": ("convert", "verify"),
     }.get(config.pretrain.model, ()):
         return False
@@ -216,7 +216,7 @@ def _nothing_new(receipt: Mapping[str, Any]) -> bool:
 
 def _late_key(name: str, keys: Mapping[str, str], state: Mapping[str, Any]) -> str:
     """Scores and report show what is there, so their keys also depend on what is there by now."""
-    if name not in ("eval", "report"):
+    if name not in ("eval", "trace", "report"):
         return keys[name]
     there = {other: record["key"] for other, record in state.items() if other in ("convert", "pretrain")}
     there |= {other: record["key"] for other, record in state.items() if name == "report" and other != "report"}

@@ -13,6 +13,7 @@ from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_json_atomic
 from prismoe.progress import Progress
 from prismoe.run.texts import SIFTED, prepare_part, sift_texts, sifting, texts
+from prismoe.run.tracing import trace_run, traced
 
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
@@ -336,6 +337,13 @@ STAGES: dict[str, Stage] = {
         needs=("pretrain", "data"),
     ),
     "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs=("data",)),
+    "trace": Stage(
+        trace_run,
+        "trace/manifest.json",
+        ("prepare",),
+        traced,
+        needs=("data",),
+    ),
     "report": Stage(_report, "report.html", (), lambda c: {}),
 }
 """Every stage, after those that it builds on."""
