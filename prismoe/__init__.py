@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
     from prismoe.reference import reference_loss
     from prismoe.report import write_report
+    from prismoe.routing.prune_experts import PrunedExperts, prune_experts
+    from prismoe.routing.similarity import Similarity, similarity
     from prismoe.run import Run, run
     from prismoe.stats.calibration import Calibration
     from prismoe.train.pretrain import Trained, pretrain
@@ -62,10 +64,12 @@ __all__ = [
     "Prepared",
     "PretrainConfig",
     "PrismoeError",
+    "PrunedExperts",
     "ResourceError",
     "Run",
     "Scores",
     "Sifted",
+    "Similarity",
     "Trained",
     "TrainedFilter",
     "UsageError",
@@ -80,9 +84,11 @@ __all__ = [
     "plan_shape",
     "prepare",
     "pretrain",
+    "prune_experts",
     "reference_loss",
     "run",
     "sift",
+    "similarity",
     "train_filter",
     "verify",
     "write_report",
@@ -109,6 +115,8 @@ _HOMES = {
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
     "reference": ("reference_loss",),
     "report": ("write_report",),
+    "routing.prune_experts": ("PrunedExperts", "prune_experts"),
+    "routing.similarity": ("Similarity", "similarity"),
     "run": ("Run", "run"),
     "stats.calibration": ("Calibration",),
     "train.pretrain": ("Trained", "pretrain"),

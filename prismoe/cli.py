@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.verbs import filters, folders, machine, mixing, routing, show, stages
+from prismoe.verbs import experts, filters, folders, machine, mixing, routing, show, stages
 from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -56,6 +56,14 @@ VERBS: dict[str, Verb] = {
     "run": Verb(stages.stages, "all of these into one run folder, finished stages kept", ("plan", "convert", "data")),
     "import": Verb(folders.import_, "a LLaMA-MoE checkpoint as a stock mixture", options="ImportOptions"),
     "densify": Verb(folders.densify, "lay the experts together again: a dense model", options="DensifyOptions"),
+    "similarity": Verb(
+        experts.similarity,
+        "MODEL [OTHER ...]: how alike experts are, to each other, a dense model and an earlier checkpoint",
+        dry=False,
+    ),
+    "prune-experts": Verb(
+        experts.prune_experts, "a mixture without the experts that a trace saw least", options="PruneOptions"
+    ),
     "reference-loss": Verb(
         mixing.reference_loss,
         "MODEL DATA: held-out losses by domain, for dynamic mixing rules",
@@ -156,7 +164,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 def _job(flags: argparse.Namespace, screen: Screen) -> Job:
     subjects = [text for text in flags.rest if "=" not in text]
-    if len(subjects) > 1 and flags.verb not in ("reference-loss", "trace"):
+    if len(subjects) > 1 and flags.verb not in ("reference-loss", "similarity", "trace"):
         raise UsageError(f"{subjects[1]!r} after {subjects[0]!r}", needed="one config, model or run folder")
     overrides = tuple(text for text in flags.rest if "=" in text)
     return Job(flags.verb, subjects[0] if subjects else None, overrides, flags, screen, tuple(subjects[1:]))

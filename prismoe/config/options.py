@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from prismoe.errors import UsageError
 __all__ = [
     "DensifyOptions",
     "ImportOptions",
+    "PruneOptions",
     "ReferenceOptions",
     "ShowOptions",
     "TrainFilterOptions",
@@ -46,6 +47,23 @@ class ImportOptions:
     heldout_tokens: Positive = 8_192
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     pad_to: Positive = 32
+    max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """See `prune_experts`; of a run folder, trace and domains are its own where they are not given."""
+
+    keep: int | list[int] | None = None
+    threshold: Annotated[float, Field(gt=0)] | None = None
+    criterion: Literal["load", "importance"] = "load"
+    trace: str | None = None
+    domains: str | list[str] = ""
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    max_tokens: Annotated[int, Field(ge=2)] = 65_536
+    batch_size: Positive = 16
+    threads: Annotated[int, Field(ge=0)] = 0
+    tokens: Positive = 128
     max_shard_bytes: Positive = 5_000_000_000
 
 

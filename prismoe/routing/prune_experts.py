@@ -24,7 +24,7 @@ from prismoe.convert.stream import Output, Written, check_room, job_key, write_f
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.evaluate import evaluate
-from prismoe.folder import FileEntry
+from prismoe.folder import FileEntry, write_json_atomic
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.routing.choice import Choice, Criterion, choose_experts
@@ -33,9 +33,11 @@ from prismoe.routing.record import RoutingTrace
 from prismoe.routing.removal import carries_over, remaining_config, remaining_plan, remaining_recipes
 from prismoe.routing.similarity import expert_blocks
 from prismoe.targets import find_target
+from prismoe.train.fit import check_fit
 
 __all__ = ["PrunedExperts", "PrunedLayer", "prune_experts"]
 
+RECEIPT = "pruning.json"  # beside the manifest, as the certificate is: it holds times and is no part of the model
 UNEVEN = 1.0
 """A removed expert with more than its fair share of a domain is worth a word."""
 
@@ -140,6 +142,8 @@ def prune_experts(
     layers, num_experts = tuple(blocks), next(iter(blocks.values())).num_experts
     opened = trace if isinstance(trace, RoutingTrace) else RoutingTrace.open(trace)
     _check_trace(opened, whole, layers=layers, num_experts=num_experts)
+    places = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
+    check_fit(whole, places, seq_len=seq_len)
     plan = Plan.load(whole.folder / PLAN) if (whole.folder / PLAN).is_file() else None
     group = 1 if plan is None else max(layer.group for layer in plan.layers if layer is not None)
     choice = choose_experts(opened, keep=keep, threshold=threshold, criterion=criterion, group=group)
@@ -152,7 +156,7 @@ def prune_experts(
     if not dry_run:
         written = write_folder(output, out, force=force, on_progress=on_progress)
         proof = compare_masked(whole, Checkpoint.open(out), kept, tokens=tokens, on_progress=on_progress).to_dict()
-        if places := list(domains):
+        if places:
             scores = evaluate(
                 {"before": whole, "after": out},
                 places,
@@ -166,7 +170,7 @@ def prune_experts(
             for row in scores.scores:
                 perplexity.setdefault(row.domain, {})[row.model] = row.perplexity
     removed_GL = choice.removed_GL
-    return PrunedExperts(
+    receipt = PrunedExperts(
         out=str(out),
         model_type=str(whole.config["model_type"]),
         state=written.state,
@@ -195,6 +199,9 @@ def prune_experts(
         warnings=tuple(_warnings(opened, choice, forgotten=plan is not None and carried is None)),
         files=written.files,
     )
+    if not dry_run:
+        write_json_atomic(out / RECEIPT, receipt.to_dict())
+    return receipt
 
 
 def _check_trace(trace: RoutingTrace, whole: Checkpoint, *, layers: tuple[int, ...], num_experts: int) -> None:
