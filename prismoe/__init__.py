@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from prismoe.stats.calibration import Calibration
     from prismoe.train.pretrain import Trained, pretrain
     from prismoe.train.settings import PretrainConfig
+    from prismoe.tune import Tuned, tune
+    from prismoe.tune.settings import TuneConfig
     from prismoe.verify import Certificate, verify
 
 __all__ = [
@@ -72,6 +74,8 @@ __all__ = [
     "Similarity",
     "Trained",
     "TrainedFilter",
+    "TuneConfig",
+    "Tuned",
     "UsageError",
     "account",
     "calibrate",
@@ -90,6 +94,7 @@ __all__ = [
     "sift",
     "similarity",
     "train_filter",
+    "tune",
     "verify",
     "write_report",
 ]
@@ -121,6 +126,8 @@ _HOMES = {
     "stats.calibration": ("Calibration",),
     "train.pretrain": ("Trained", "pretrain"),
     "train.settings": ("PretrainConfig",),
+    "tune": ("Tuned", "tune"),
+    "tune.settings": ("TuneConfig",),
     "verify": ("Certificate", "verify"),
 }
 

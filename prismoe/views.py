@@ -9,7 +9,9 @@ from rich.text import Text
 
 from prismoe.console import Screen, bytes_text, count_text, seconds_text
 from prismoe.showforecast import show_forecast
+from prismoe.showscores import scores_line, show_scores
 from prismoe.showtrace import show_trace, trace_line
+from prismoe.showtune import show_tune, tune_line
 
 __all__ = ["branch_rows", "summary", "view"]
 
@@ -316,27 +318,6 @@ def _pretrain(screen: Screen, receipt: Receipt) -> None:
     screen.pairs(facts)
 
 
-def _eval_line(receipt: Receipt) -> str:
-    models = list(receipt["models"])
-    tokens = sum(row["scored_tokens"] for row in receipt["scores"] if row["model"] == models[0])
-    return f"{', '.join(models)} on {count_text(tokens)} held-out tokens"
-
-
-def _eval(screen: Screen, receipt: Receipt) -> None:
-    models, table = list(receipt["models"]), {(row["domain"], row["model"]): row for row in receipt["scores"]}
-    heads = [f"{group if index == 0 else ''}\n{model}" for group in GROUPS for index, model in enumerate(models)]
-    rows: list[list[str | Text]] = []
-    for domain in receipt["domains"]:
-        found = [table[domain, model] for model in models]
-        perplexity = [f"{row['perplexity']:,.2f}" for row in found]
-        rows.append([domain, *perplexity, *(f"{row['bits_per_byte']:.3f}" for row in found)])
-    screen.table(["\ndomain", *heads], rows)
-    screen.line(f"windows of {receipt['seq_len']} tokens, the same for every model", style="dim")
-
-
-GROUPS = ("perplexity", "bits/byte")
-
-
 def _reference_loss(screen: Screen, receipt: Receipt) -> None:
     rows = []
     for name, entry in receipt["losses"].items():
@@ -361,7 +342,8 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "prepare": _prepare_line,
     "calibrate": _calibrate_line,
     "pretrain": _pretrain_line,
-    "eval": _eval_line,
+    "tune": tune_line,
+    "eval": scores_line,
     "reference-loss": lambda receipt: f"{receipt['out']}: {len(receipt['losses'])} domains",
     "trace": trace_line,
     "report": lambda receipt: f"{receipt['report']} ({bytes_text(receipt['bytes'])})",
@@ -376,7 +358,8 @@ _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "prepare": _prepare,
     "calibrate": _calibrate,
     "pretrain": _pretrain,
-    "eval": _eval,
+    "tune": show_tune,
+    "eval": show_scores,
     "reference-loss": _reference_loss,
     "trace": show_trace,
 }

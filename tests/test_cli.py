@@ -75,7 +75,7 @@ def test_help_of_a_verb_lists_its_keys_with_defaults(capsys: pytest.CaptureFixtu
         (["show"], "nothing to show; needed a run folder"),
         (["run", "absent.yaml"], "absent.yaml: cannot read it: No such file or directory; needed a YAML config"),
         (["plan", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["eval", "--max-steps", "3"], "--max-steps with eval; needed prismoe pretrain or prismoe run"),
+        (["eval", "--max-steps", "3"], "--max-steps with eval; needed prismoe pretrain, run or tune"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(

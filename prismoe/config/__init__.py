@@ -36,13 +36,17 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
         root = _with(root, [key], Located(setting, f"--{key} {setting}"), key)
     binder = Binder(known_keys())
     sections = binder.keys(root, "", [item.name for item in fields(Config) if item.name != "places"])
-    hints = get_type_hints(Config, localns={"CalibrateConfig": Any, "PretrainConfig": Any}, include_extras=True)
+    hints = get_type_hints(
+        Config, localns=dict.fromkeys(("CalibrateConfig", "PretrainConfig", "TuneConfig"), Any), include_extras=True
+    )
     values: dict[str, Any] = {"places": {"": origin, **dict(_places(root, ""))}}
     for name, at in sections.items():
         if name == "plan":
             values[name] = binder.record(PlanConfig, at, name, _method_arguments(binder, at))
         elif name == "pretrain":
             values[name] = None if at.value is None else _pretrain(binder, at)
+        elif name == "tune":
+            values[name] = None if at.value is None else _tune(binder, at)
         elif name == "calibrate":
             values[name] = None if at.value is None else _calibrate(binder, at)
         elif name == "data":
@@ -57,7 +61,8 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
     config = Config(**values)
     calibrate = config.calibrate and replace(config.calibrate, **_chosen(config), seed=config.seed)
     pretrain = config.pretrain and replace(config.pretrain, seed=config.seed)
-    return replace(config, calibrate=calibrate, pretrain=pretrain)
+    tuned = config.tune and replace(config.tune, seed=config.seed)
+    return replace(config, calibrate=calibrate, pretrain=pretrain, tune=tuned)
 
 
 def _chosen(config: Config) -> dict[str, Any]:
@@ -164,21 +169,33 @@ def _calibrate(binder: Binder, at: Located) -> Any:
 
 def _pretrain(binder: Binder, at: Located) -> Any:
     """The pretrain section: its own keys but the seed (a run has one), and the router policy's arguments."""
-    from prismoe.train import settings
+    from prismoe.train.settings import PretrainConfig
 
-    own = {item.name for item in fields(settings.PretrainConfig)}
+    _choice(binder, at, "pretrain.mixing", PretrainConfig.mixing, registry.names("prismoe.data.rules"))
+    return _with_policy(binder, at, "pretrain", PretrainConfig)
+
+
+def _tune(binder: Binder, at: Located) -> Any:
+    """The tune section, likewise."""
+    from prismoe.tune.settings import TuneConfig
+
+    return _with_policy(binder, at, "tune", TuneConfig)
+
+
+def _with_policy(binder: Binder, at: Located, section: str, cls: Any) -> Any:
+    """A section that names router policies and holds their arguments."""
     extra: dict[str, Any] = {}
-    _choice(binder, at, "pretrain.mixing", settings.PretrainConfig.mixing, registry.names("prismoe.data.rules"))
     names = registry.names("prismoe.train.routers")
     given = at.value.get("router") if isinstance(at.value, dict) else None
     if given is not None and isinstance(given.value, list):  # several: the arguments of each lie under its name
         for one in given.value:
             if one.value not in names:
-                binder.problem(one.where, f"pretrain.router has {one.value!r}", f"some of {', '.join(names)}")
+                binder.problem(one.where, f"{section}.router has {one.value!r}", f"some of {', '.join(names)}")
         extra = {one.value: dict[str, Any] for one in given.value if one.value in names}
-        return binder.record(settings.PretrainConfig, at, "pretrain", extra, without="seed")
-    chosen = _choice(binder, at, "pretrain.router", str(settings.PretrainConfig.router), names)
+        return binder.record(cls, at, section, extra, without="seed")
+    chosen = _choice(binder, at, f"{section}.router", str(cls.router), names)
+    own = {item.name for item in fields(cls)}
     if chosen and isinstance(at.value, dict) and at.value.keys() - own:  # only then is torch worth its two seconds
         attach = registered("prismoe.train.routers", chosen, "attach")
         extra = {key: hint for key, (hint, _) in keywords(attach).items()}
-    return binder.record(settings.PretrainConfig, at, "pretrain", extra, without="seed")
+    return binder.record(cls, at, section, extra, without="seed")

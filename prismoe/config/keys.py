@@ -58,8 +58,9 @@ def known_keys() -> dict[str, tuple[Any, Any]]:
     """Every dotted key of a config with (type, default; MISSING where it must be set), for `prismoe VERB --help`."""
     from prismoe.calibrate.settings import CalibrateConfig
     from prismoe.train.settings import PretrainConfig
+    from prismoe.tune.settings import TuneConfig
 
-    sections = {"CalibrateConfig": CalibrateConfig, "PretrainConfig": PretrainConfig}
+    sections = {"CalibrateConfig": CalibrateConfig, "PretrainConfig": PretrainConfig, "TuneConfig": TuneConfig}
     found: dict[str, tuple[Any, Any]] = {}
 
     def walk(cls: Any, prefix: str) -> None:
@@ -104,6 +105,7 @@ _REGISTRIES = {
     "plan.router": "prismoe.routerinit",
     "convert.target": "prismoe.targets",
     "pretrain.router": "prismoe.train.routers",
+    "tune.router": "prismoe.train.routers",
 }
 
 

@@ -15,6 +15,7 @@ from prismoe.plan.rescale import Scale
 if TYPE_CHECKING:
     from prismoe.calibrate.settings import CalibrateConfig
     from prismoe.train.settings import PretrainConfig
+    from prismoe.tune.settings import TuneConfig
 
 __all__ = [
     "Config",
@@ -89,7 +90,8 @@ class DataConfig:
     """The domains, the tokenizer (default: the source's) and the weights to mix them with (a preset or numbers).
 
     `max_bad` is the share of documents that may be unreadable; `files_per_shard` is for corpora of very many files.
-    `filters`, `deduplicate` and `decontaminate` (benchmark files) are for `sift`, which drops documents before that.
+    `filters`, `deduplicate` and `decontaminate` (benchmark files; by default those that `eval` scores from eval.files,
+    "none" for none at all) are for `sift`, which drops documents before that.
     """
 
     domains: Annotated[dict[str, DomainConfig], Field(min_length=1)]
@@ -102,19 +104,39 @@ class DataConfig:
     deduplicate: Literal["none", "exact", "near"] = "none"
     decontaminate: Paths | None = None
 
-    @property
-    def sifted(self) -> bool:
-        """Whether anything is dropped before the text is tokenised."""
-        return bool(self.filters) or self.deduplicate != "none" or bool(self.decontaminate)
-
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain."""
+    """Held-out loss: windows of `seq_len` ids (default: the training length), up to `max_tokens` of each domain.
+
+    Benchmarks: a named `suite`, or `tasks` ("boolq", with other shots "boolq:5"), from a folder of `files` (alone: of
+    suite llama-moe) or else from the hub; `limit` documents of each. `models` (name and folder) are measured beside the
+    run's own. The static `control` is made for benchmarks and where a calibration is, with "static" for text alone too.
+    """
 
     seq_len: Positive | None = None
     max_tokens: Annotated[int, Field(ge=2)] = 100_000
     batch_size: Positive = 16
+    suite: str | None = None
+    tasks: Paths | None = None
+    files: str | None = None
+    limit: Positive | None = None
+    models: dict[str, str] | None = None
+    control: Literal["auto", "static", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.suite is not None and self.tasks is not None:
+            raise UsageError("a suite and tasks", where="eval.tasks", needed="one of them")
+        if taken := {"dense", "step 0", "trained", "static"} & {*(self.models or ())}:
+            raise UsageError(f"{min(taken)!r} is the run's own", where="eval.models", needed="another name")
+
+    @property
+    def benchmarks(self) -> dict[str, Any]:
+        """`suite` and `tasks` as `score_tasks` takes them; empty where none are asked for."""
+        if self.suite is None and self.tasks is None and self.files is None:
+            return {}
+        tasks = self.tasks.split(",") if isinstance(self.tasks, str) else self.tasks
+        return {"suite": self.suite or (None if tasks else "llama-moe"), "tasks": tasks}
 
 
 @dataclass(frozen=True)
@@ -147,6 +169,7 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     data: DataConfig | None = None
     pretrain: PretrainConfig | None = None
+    tune: TuneConfig | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
     places: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # dotted key: where it was written
@@ -181,11 +204,11 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The keys as a config file holds them: `load_config` of their YAML gives an equal config."""
         found = {key: value for key, value in asdict(self).items() if value is not None and key != "places"}
-        for section in ("plan", "pretrain"):
+        for section in ("plan", "pretrain", "tune"):
             found.get(section, {}).update(found.get(section, {}).pop("arguments", {}))
         for spec in found.get("data", {}).get("filters", ()):
             spec.update(spec.pop("arguments"))
-        for section in ("calibrate", "pretrain"):
+        for section in ("calibrate", "pretrain", "tune"):
             found.get(section, {}).pop("seed", None)  # one seed for the whole run
         for key in ("quantities", "clusters"):
             if f"calibrate.{key}" not in self.places:  # chosen by the plan, and again when it changes

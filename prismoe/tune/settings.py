@@ -70,7 +70,7 @@ class TuneConfig:
     save_every: Count = 0
     keep: Positive = 1
     max_steps: Count = 0
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     threads: Count = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

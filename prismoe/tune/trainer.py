@@ -231,7 +231,8 @@ class Tuner(SFTTrainer):  # type: ignore[misc]
     @property
     def _adamw(self) -> torch.optim.Optimizer:
         assert self.optimizer is not None
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper, once it trains
+        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        return found
 
     def run(self) -> None:
         """All steps that are left, from the newest checkpoint on."""
@@ -304,8 +305,8 @@ def make_trainer(model: Any, work: Work, rows: Rows, tokenizer: Any) -> Tuner:
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
-            seed=config.seed,
-            data_seed=config.seed,
+            seed=config.seed % 2**32,  # NumPy's limit
+            data_seed=config.seed % 2**32,
             logging_strategy="no",
             save_strategy="no",
             report_to=[],

@@ -35,7 +35,8 @@ class Job:
         if self.flags.engines is not None:
             overrides = (*overrides, f"convert.engines={self.flags.engines}")
         if self.flags.max_steps is not None:
-            overrides = (*overrides, f"pretrain.max_steps={self.flags.max_steps}")
+            section = "tune" if self.verb == "tune" else "pretrain"
+            overrides = (*overrides, f"{section}.max_steps={self.flags.max_steps}")
         fixed = {key: getattr(self.flags, key) for key in ("out", "seed") if getattr(self.flags, key) is not None}
         if self.subject is None:
             return load_config(overrides=overrides, **fixed)
