@@ -55,7 +55,7 @@ def step(times: int) -> None:
     """P14: some steps of the 24 M model, stock and ours side by side from the same weights on the same batches."""
     from transformers import MixtralForCausalLM
 
-    from prismoe.train.scoring import token_losses
+    from prismoe.train.head import token_losses
     from prismoe.train.settings import PretrainConfig
     from prismoe.train.updates import adamw
 
@@ -140,11 +140,11 @@ def _loop(name: str, model: Any, folder: Path, *, rows: int, length: int, times:
     from prismoe.data.shards import Domain
     from prismoe.train.engine import Engine
     from prismoe.train.engine.layout import Layout
+    from prismoe.train.head import token_losses
     from prismoe.train.health import Health
     from prismoe.train.metrics import MetricsLog
     from prismoe.train.routers import attach_policy
     from prismoe.train.routing import watch
-    from prismoe.train.scoring import token_losses
     from prismoe.train.settings import PretrainConfig
     from prismoe.train.speed import Timing, flops_per_token
     from prismoe.train.trainer import Trainer

@@ -8,7 +8,7 @@ Per device and in bytes, for P parameters sharded over s processes of a copy (r 
   computation.
 - activations of a layer and token: 4 D + 2 (heads + kv heads) · head size of attention and norms, and K (2 D + 3 W) of
   the experts or 3 F of a dense FFN, in the dtype of the computation. With recompute D a layer, and one layer in full.
-- logits: 3 · V · 4 a token (what is returned, in float32, and its gradient).
+- logits: 3 · V · 4 a token (what is returned, in float32, and its gradient), of the tokens that `logits` takes at once.
 
 Sent by each process in a step of m micro-batches: weights are gathered twice (forward, backward) and gradients
 scattered once a micro-batch, (s-1)/s of each tensor; with r copies the shard is reduced over them, 2 (r-1)/r of it;
@@ -23,6 +23,7 @@ from typing import Any
 
 from prismoe.train.engine.layout import Layout
 from prismoe.train.launch import launch_lines
+from prismoe.train.logits import logit_bytes
 from prismoe.train.model import empty_model
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.speed import flops_per_token, hardware_peak
@@ -87,7 +88,7 @@ def forecast(
     tokens = at_once * config.seq_len
     groups = _groups(model, layout)
     gathered = sum(sorted(groups)[-2:]) * item if layout.shard > 1 else 0
-    activations, logits = _activations(model.config, config, tokens, item), 12 * tokens * model.config.vocab_size
+    activations, logits = _activations(model.config, config, tokens, item), logit_bytes(tokens, model.config.vocab_size)
     memory = MASTER * 4 * held + gathered + activations + logits
     per_token = flops_per_token(model, seq_len=config.seq_len)
     rate = layout.world * hardware_peak(config.hardware) * ASSUMED_MFU / per_token if config.hardware else None

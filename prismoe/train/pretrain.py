@@ -29,6 +29,7 @@ from prismoe.room import require_room
 from prismoe.train.alarms import warnings_of
 from prismoe.train.engine.layout import Layout, launched
 from prismoe.train.fit import check_fit
+from prismoe.train.logits import logit_bytes
 from prismoe.train.metrics import read_metrics
 from prismoe.train.origin import Origin
 from prismoe.train.routers import arguments_of
@@ -328,7 +329,7 @@ def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainC
 
 
 def _check_room(out: Path, config: PretrainConfig, layout: Layout, *, num_parameters: int, vocab_size: int) -> None:
-    """Weights, gradients and two moments in float32, and three copies of the logits; activations come on top.
+    """Weights, gradients and two moments in float32, and what the loss takes; activations come on top.
 
     Memory is that of one machine, on which all of the processes may be: known only for as many as there are here.
     """
@@ -338,7 +339,7 @@ def _check_room(out: Path, config: PretrainConfig, layout: Layout, *, num_parame
     require_room(
         out,
         disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
-        memory_bytes=here * (16 * num_parameters // layout.shard + 12 * tokens * vocab_size),
+        memory_bytes=here * (16 * num_parameters // layout.shard + logit_bytes(tokens, vocab_size)),
         hint="free some space, or a smaller keep",
     )
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from prismoe.data.shards import Domain, Windows
 from prismoe.errors import NumericalError
+from prismoe.train.head import text_loss, token_losses
 
 __all__ = ["ALONE", "Share", "TextLoss", "score_text", "token_losses"]
 
@@ -58,14 +58,6 @@ class TextLoss:
         return float(np.sqrt(count / (count - 1) * np.sum(residuals**2)) / self.tokens.sum())
 
 
-def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Loss in nats of token t+1 given the logits at t, [B, T-1] in float32; 0 where the label is -100."""
-    flat = F.cross_entropy(
-        logits_BTV[:, :-1].float().flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100, reduction="none"
-    )
-    return flat.view(labels_BT.shape[0], -1)
-
-
 def score_text(
     model: Any,
     domain: Domain,
@@ -98,8 +90,7 @@ def score_text(
                 torch.from_numpy(np.stack(column)).to(share.device) for column in zip(*batch, strict=True)
             )
             with torch.no_grad():
-                logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-                loss_B = token_losses(logits_BTV, labels_BT).double().sum(dim=1)
+                loss_B = text_loss(model, ids_BT, labels_BT, num_tokens=1.0)[1].double().sum(dim=1)
             if counts:
                 first = done + sum(len(other) for other in turn[:number])
                 rows = documents[first : first + len(batch)]

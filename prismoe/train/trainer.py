@@ -11,11 +11,11 @@ import torch
 
 from prismoe.data.mixture import Batch, Mixture
 from prismoe.train.engine import Engine
+from prismoe.train.head import text_loss
 from prismoe.train.health import Health
 from prismoe.train.routers import Moment, Policy, Router
 from prismoe.train.routing import GradientGuard, LoadMeter
 from prismoe.train.schedule import learning_rate
-from prismoe.train.scoring import token_losses
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.updates import norms, scale_gradients
 
@@ -135,10 +135,9 @@ class Trainer:
             self.policy.begin(Moment(config.seed, step, numbers_T, config.seq_len))
             engine.at("forward")
             with self.autocast():
-                logits_BTV = self.model(input_ids=inputs_BT, position_ids=positions_BT, use_cache=False).logits
-            loss_BT = token_losses(logits_BTV, labels_BT)
-            del logits_BTV
-            loss = loss_BT.sum() / num_tokens
+                loss, loss_BT = text_loss(
+                    self.model, inputs_BT, labels_BT, num_tokens=num_tokens, position_ids=positions_BT
+                )
             if self.routers:
                 router_loss = self.policy.loss() * (float(scored_B.sum()) / num_tokens)
                 meter.add()
@@ -147,7 +146,7 @@ class Trainer:
             engine.at("backward")
             loss.backward()  # type: ignore[no-untyped-call]
             index_B = torch.from_numpy(batch.domain_ids).to(device)
-            nats.index_add_(0, index_B, loss_BT.detach().double().sum(dim=1))
+            nats.index_add_(0, index_B, loss_BT.double().sum(dim=1))
             tokens.index_add_(0, index_B, scored_B.to(device))
         return torch.cat([nats, tokens]), router_total
 
