@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from prismoe.reference import reference_loss
     from prismoe.report import write_report
     from prismoe.routing.prune_experts import PrunedExperts, prune_experts
+    from prismoe.routing.record import RoutingTrace
     from prismoe.routing.similarity import Similarity, similarity
+    from prismoe.routing.trace import trace
     from prismoe.run import Run, run
     from prismoe.stats.calibration import Calibration
     from prismoe.train.pretrain import Trained, pretrain
@@ -68,6 +70,7 @@ __all__ = [
     "PrismoeError",
     "PrunedExperts",
     "ResourceError",
+    "RoutingTrace",
     "Run",
     "Scores",
     "Sifted",
@@ -93,6 +96,7 @@ __all__ = [
     "run",
     "sift",
     "similarity",
+    "trace",
     "train_filter",
     "tune",
     "verify",
@@ -121,7 +125,9 @@ _HOMES = {
     "reference": ("reference_loss",),
     "report": ("write_report",),
     "routing.prune_experts": ("PrunedExperts", "prune_experts"),
+    "routing.record": ("RoutingTrace",),
     "routing.similarity": ("Similarity", "similarity"),
+    "routing.trace": ("trace",),
     "run": ("Run", "run"),
     "stats.calibration": ("Calibration",),
     "train.pretrain": ("Trained", "pretrain"),
