@@ -93,6 +93,9 @@ def choose_experts(
         wanted = tuple(int(count) for count in reached)
         keep = max(*wanted, trace.top_k, 2)
     assert isinstance(keep, int)
+    if wanted is not None and keep == trace.num_experts:
+        found = f"in some layer all {keep} experts have {threshold:g} of a uniform share"
+        raise UsageError(found, where="prune-experts: threshold", needed="a higher one")
     _check(keep, trace, group)
     best_LV = np.sort(np.argsort(-grouped_LV, axis=1, kind="stable")[:, : keep // group], axis=1)
     kept = (best_LV[:, :, None] * group + np.arange(group)).reshape(len(best_LV), keep)
@@ -100,15 +103,9 @@ def choose_experts(
 
 
 def _check(keep: int, trace: RoutingTrace, group: int) -> None:
-    least = max(trace.top_k, 2)
-    if not least <= keep <= trace.num_experts:
-        raise UsageError(
-            f"keep is {keep}",
-            where="prune-experts",
-            needed=f"{least} to {trace.num_experts}: {trace.top_k} are chosen for a token"
-            + (", and one expert is no choice" if trace.top_k == 1 else ""),
-        )
-    if keep == trace.num_experts:
-        raise UsageError(f"all {keep} experts stay", where="prune-experts", needed="fewer", hint="a higher threshold")
+    least, most = max(trace.top_k, 2), trace.num_experts - 1
+    if not least <= keep <= most:
+        why = f"{trace.top_k} are chosen for a token" if trace.top_k > 1 else "one expert is no choice"
+        raise UsageError(f"keep is {keep}", where="prune-experts", needed=f"{least} to {most}: {why}")
     if keep % group:
         raise UsageError(f"keep is {keep}", where="prune-experts", needed=f"a multiple of {group}: its virtual groups")

@@ -158,13 +158,7 @@ class Experts:
         return _cosine(sums[0], np.sqrt(sums[1] * sums[2]))
 
     def moved(self, before: Experts) -> Floats:
-        """[E] ‖now - before‖ / ‖before‖ over all weights of an expert."""
-        if (self.count, self.block.width(0)) != (before.count, before.block.width(0)):
-            raise InputError(
-                f"{before.count} experts {before.block.width(0)} wide",
-                where=f"{before.checkpoint.folder}: layer {before.block.layer}",
-                needed=f"{self.count} of {self.block.width(0)}, as in {self.checkpoint.folder}",
-            )
+        """[E] ‖now - before‖ / ‖before‖ over all weights of an expert; both have the same sizes."""
         sums = np.zeros((2, self.count))
         for part in Parts:
             for (_, now), (_, was) in zip(self.blocks(part), before.blocks(part), strict=True):

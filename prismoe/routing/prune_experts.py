@@ -29,7 +29,7 @@ from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.routing.choice import Choice, Criterion, choose_experts
 from prismoe.routing.masked import compare_masked
-from prismoe.routing.record import RoutingTrace
+from prismoe.routing.record import FILE, RoutingTrace
 from prismoe.routing.removal import carries_over, remaining_config, remaining_plan, remaining_recipes
 from prismoe.routing.similarity import expert_blocks
 from prismoe.targets import find_target
@@ -98,8 +98,8 @@ class PrunedExperts:
 def prune_experts(
     model: str | Path | Checkpoint,
     *,
-    trace: str | Path | RoutingTrace,
     out: str | Path,
+    trace: str | Path | RoutingTrace | None = None,
     keep: int | Sequence[int] | None = None,
     threshold: float | None = None,
     criterion: Criterion = "load",
@@ -122,7 +122,7 @@ def prune_experts(
 
     Args:
         model: a mixture in one of the architectures that `convert` writes, its folder or hub name.
-        trace: what `trace` made of this very model, its file or folder.
+        trace: what `trace` made of this very model, its file or folder; default: that of the run it lies in.
         keep, threshold, criterion: see `choose_experts`.
         domains: prepared domains, to measure perplexity on before and after; with seq_len, max_tokens, batch_size and
             threads as in `evaluate`.
@@ -140,7 +140,7 @@ def prune_experts(
     whole = Checkpoint.open(model, offline=offline)
     blocks = expert_blocks(whole)
     layers, num_experts = tuple(blocks), next(iter(blocks.values())).num_experts
-    opened = trace if isinstance(trace, RoutingTrace) else RoutingTrace.open(trace)
+    opened = trace if isinstance(trace, RoutingTrace) else RoutingTrace.open(trace or _trace_beside(whole.folder))
     _check_trace(opened, whole, layers=layers, num_experts=num_experts)
     places = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
     check_fit(whole, places, seq_len=seq_len)
@@ -202,6 +202,14 @@ def prune_experts(
     if not dry_run:
         write_json_atomic(out / RECEIPT, receipt.to_dict())
     return receipt
+
+
+def _trace_beside(folder: Path) -> Path:
+    places = [parent / "trace" / FILE for parent in folder.resolve().parents[:2]]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise InputError("no trace beside it", where=str(folder), needed="trace=FILE", hint="run prismoe trace on it")
+    return found
 
 
 def _check_trace(trace: RoutingTrace, whole: Checkpoint, *, layers: tuple[int, ...], num_experts: int) -> None:

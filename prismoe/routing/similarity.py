@@ -134,8 +134,9 @@ def _measure(
 ) -> Similarity:
     old = None if earlier is None else expert_blocks(earlier)
     if earlier is not None and old is not None and not _same_kind(now, blocks, earlier, old):
+        other = next(iter(old.values()))
         raise InputError(
-            f"a {earlier.config['model_type']} with experts in {len(old)} layers",
+            f"a {earlier.config['model_type']} of {other.num_experts} experts {other.width(0)} wide in {len(old)} layers",
             where=str(earlier.folder),
             needed=f"an earlier checkpoint of {now.folder}",
         )
@@ -178,7 +179,14 @@ def _measure(
 def _same_kind(
     now: Checkpoint, blocks: dict[int, ExpertBlock], earlier: Checkpoint, old: dict[int, ExpertBlock]
 ) -> bool:
-    return blocks.keys() == old.keys() and now.config["model_type"] == earlier.config["model_type"]
+    kinds = [
+        (
+            folder.config["model_type"],
+            [(layer, block.num_experts, block.width(0), block.hidden_size) for layer, block in found.items()],
+        )
+        for folder, found in ((now, blocks), (earlier, old))
+    ]
+    return kinds[0] == kinds[1]
 
 
 def _router_moved(now: Checkpoint, earlier: Checkpoint, key: str) -> float:

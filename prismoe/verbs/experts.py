@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prismoe.errors import InputError, UsageError
+from prismoe.errors import UsageError
 from prismoe.verbs.job import Job
 
 __all__ = ["prune_experts", "similarity"]
@@ -58,7 +58,7 @@ def prune_experts(job: Job) -> dict[str, Any]:
     with job.screen.progress() as on_progress:
         receipt = prune(
             model,
-            trace=_trace_beside(Path(model)) if trace is None else trace,
+            trace=trace,
             out=out,
             domains=[domain for place in places for domain in find_domains(place)],
             offline=job.flags.offline,
@@ -80,14 +80,3 @@ def _run_folder(subject: str) -> Path | None:
 def _model(run: Path) -> Path:
     """The mixture of a run: trained where it was, else as it was converted."""
     return next((path for path in (run / "train" / "model", run / "moe") if path.is_dir()), run / "moe")
-
-
-def _trace_beside(model: Path) -> Path:
-    """The trace of the run that a model's folder lies in."""
-    from prismoe.routing.record import FILE
-
-    places = [folder / "trace" / FILE for folder in model.resolve().parents[:2]]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise InputError("no trace beside it", where=str(model), needed="trace=FILE", hint="run prismoe trace on it")
-    return found
