@@ -1,14 +1,16 @@
 """Several `pretrain` runs, one after the other, in each of N processes: what a launcher starts in the tests.
 
 `python -m tests.ranks JOBS.json`; a job is {"source", "out", "domains", "config"} and may have "plan", "pad_to",
-"stop_at" (rank 1 gets a real SIGTERM after that step) or, for the last one, "die_at" (a SIGKILL; what the others say of
-it goes to `lost.txt`). One process importing torch serves all jobs.
+"stop_at" (rank 1 gets a real SIGTERM after that step), "full_at" (its disk takes no large file from that step on; what
+all say of it goes to `full-RANK.txt`), "rows" (the loss is computed for so many tokens at a time) or, for the last one,
+"die_at" (a SIGKILL; what the others say of it goes to `lost.txt`). One process importing torch serves all jobs.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -55,16 +57,29 @@ def launch(jobs: Sequence[dict[str, Any]], folder: Path, *, world: int, timeout:
 def main(path: str) -> None:
     from prismoe.errors import InterruptedRun, ResourceError
     from prismoe.plan import Plan
+    from prismoe.train import logits
     from prismoe.train.pretrain import PretrainConfig, pretrain
 
     rank = int(os.environ["RANK"])
     for job in json.loads(Path(path).read_text()):
-        stop_at, die_at = job.get("stop_at"), job.get("die_at")
+        stop_at, die_at, full_at = (job.get(name) for name in ("stop_at", "die_at", "full_at"))
         signals = {stop_at: signal.SIGTERM, die_at: signal.SIGKILL}
+        limits, usual = resource.getrlimit(resource.RLIMIT_FSIZE), (logits.LARGEST, logits.ROWS)
+        if "rows" in job:
+            logits.LARGEST, logits.ROWS = 0, job["rows"]
 
-        def progress(what: str, done: int, total: int | None, at: dict[int, signal.Signals] = signals) -> None:
-            if rank == 1 and what.startswith("train step") and done in at:
-                os.kill(os.getpid(), at[done])
+        def progress(
+            what: str,
+            done: int,
+            total: int | None,
+            at: dict[int, signal.Signals] = signals,
+            full: tuple[int | None, int] = (full_at, limits[1]),
+        ) -> None:
+            if rank == 1 and what.startswith("train step"):
+                if done in at:
+                    os.kill(os.getpid(), at[done])
+                if done == full[0]:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, full[1]))
 
         plan = Plan.load(Path(job["plan"])) if "plan" in job else None
         config = PretrainConfig(**job["config"])
@@ -78,13 +93,15 @@ def main(path: str) -> None:
                 pad_to=job.get("pad_to", 32),
                 on_progress=progress,
             )
-            assert (stop_at, die_at) == (None, None), "was not stopped"
+            assert (stop_at, die_at, full_at) == (None, None, None), "was not stopped"
         except InterruptedRun:
             assert stop_at is not None, "was stopped"
         except ResourceError as error:
-            if die_at is None:
+            if die_at is None and full_at is None:
                 raise
-            (Path(job["out"]) / "lost.txt").write_text(str(error))
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            (Path(job["out"]) / ("lost.txt" if full_at is None else f"full-{rank}.txt")).write_text(str(error))
+        logits.LARGEST, logits.ROWS = usual
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def two(ground):
         job(ground, "two-then-one", NOISY, stop_at=3),  # saved in the midst of one
         job(ground, "one-then-two", NOISY),
         job(ground, "online-2", NOISY, **online),
+        job(ground, "parts-2", NOISY, rows=50),
+        job(ground, "full-2", {**SWITCH, "save_every": 2}, full_at=3),
         job(ground, "dies-2", {**SWITCH, "save_every": 2}, die_at=4),
     ]
     launch(jobs, ground, world=2)
@@ -79,7 +81,7 @@ def four(two):
     jobs = [
         job(two, "noisy-4", NOISY),
         job(two, "copies-4", {**SWITCH, "replicate": 2}),
-        job(two, "experts-4", {**NOISY, "expert_parallel": 2}),
+        job(two, "experts-4", {**NOISY, "expert_parallel": 2, "save_every": 2}),
         job(two, "two-then-four", {**NOISY, "expert_parallel": 2}),
         job(two, "online-4", NOISY, **online),
     ]
@@ -152,6 +154,21 @@ def test_a_rank_that_dies_is_told_with_step_and_phase_and_the_run_goes_on(two):
     trained = pretrain(two / "moe", PretrainConfig(**SWITCH, save_every=2), domains=domains, out=two / "dies-2")
     assert trained.resumed_from == 2
     assert_alike(two / "switch-1", two / "dies-2", rel=1e-5)
+
+
+def test_a_full_disk_of_one_rank_ends_all_of_them_and_the_run_goes_on(two):
+    said = [(two / "full-2" / f"full-{rank}.txt").read_text() for rank in range(2)]
+    assert all("cannot write: " in line and "step-00000004" in line for line in said), said
+    for rank in range(2):
+        (two / "full-2" / f"full-{rank}.txt").unlink()
+    domains = [two / "a", two / "b"]
+    trained = pretrain(two / "moe", PretrainConfig(**SWITCH, save_every=2), domains=domains, out=two / "full-2")
+    assert trained.resumed_from == 2
+    assert_alike(two / "switch-1", two / "full-2", rel=1e-5)
+
+
+def test_the_loss_in_parts_is_that_of_a_sharded_model_too(two):
+    assert_alike(two / "noisy-1", two / "parts-2", rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one-then-two", "two-then-one"])

@@ -13,7 +13,9 @@ import torch
 
 from prismoe.doctor import doctor
 from prismoe.errors import NumericalError
+from prismoe.train.device import product_rate
 from prismoe.train.runtime import Lever, levers, runtime
+from prismoe.train.speed import Timing
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 # In a process of its own, as our commands are: a heap that thousands of tests have cut up grows elsewhere.
@@ -108,3 +110,18 @@ def test_a_product_in_bfloat16_must_not_be_used() -> None:
         lever = levers()[0]
     assert not lever.allowed
     assert "must not be used" in str(lever)
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_mfu_of_a_cpu_is_the_share_of_a_product_measured_in_this_process(tmp_path, bf16, dtype) -> None:
+    settings = {"flops": 1e9, "world": 2, "device": torch.device("cpu"), "bf16": bf16}
+    timing = Timing(tmp_path / "timing.jsonl", **settings, muted=False)
+    timing.begin()
+    line = timing.step(1, 1000)
+    timing.close()
+    assert line["peak_flops"] == round(product_rate(dtype)) > 1e8
+    assert line["mfu"] == pytest.approx(line["tokens_per_second_device"] * 1e9 / line["peak_flops"], rel=1e-3)
+    assert json.loads((tmp_path / "timing.jsonl").read_text()) == line
+    muted = Timing(tmp_path / "muted.jsonl", **settings, muted=True)  # only one process measures
+    assert "mfu" not in muted.step(1, 1000)
+    muted.close()

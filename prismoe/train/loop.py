@@ -118,7 +118,11 @@ class _Run:
         self.log = MetricsLog(out / "metrics.jsonl", position=position, muted=muted)
         flops = flops_per_token(trainer.model, seq_len=self.config.seq_len)
         engine = self.engine
-        self.timing = Timing(out / TIMING, flops=flops, world=engine.world, device=engine.device, muted=muted)
+        bf16 = self.config.precision == "bf16"
+        self.peak = " of a measured product" if engine.device.type == "cpu" else ""
+        self.timing = Timing(
+            out / TIMING, flops=flops, world=engine.world, device=engine.device, muted=muted, bf16=bf16
+        )
 
     def close(self) -> None:
         """Let go of the files; after an error, when what was being saved is."""
@@ -168,7 +172,7 @@ class _Run:
                 continue
             self.step, self.evaluated = self.step + 1, False
             shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
-            shown += f" · MFU {clock['mfu']:.1%}" if "mfu" in clock else ""
+            shown += f" · MFU {clock['mfu']:.1%}{self.peak}" if "mfu" in clock else ""
             self.on_progress(f"train step: {shown}{in_short(line)}", self.step, config.steps)
         self.saver.wait()
         return Finished(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from prismoe.errors import NumericalError
-from prismoe.train.device import matmul_kernel, num_threads, product_error
+from prismoe.train.device import least_seconds, matmul_kernel, num_threads, product_error, product_rate
 
 __all__ = ["Lever", "kept_memory", "levers", "runtime"]
 
@@ -103,12 +102,8 @@ def levers() -> list[Lever]:
 
 
 def _fast_matmul() -> Lever:
-    size = 768
-    left, right = torch.rand(size, size), torch.rand(size, size)
-    work = 2 * size**3 / 1e9
-
     def rate() -> float:
-        return work / _least(lambda: left @ right)
+        return product_rate(torch.float32) / 1e9
 
     before = after = rate()
     try:
@@ -124,20 +119,9 @@ def _keep_memory() -> Lever:
     size = 48 << 20  # more than glibc ever keeps by itself
 
     def rate() -> float:
-        return size / 1e9 / _least(lambda: torch.empty(size, dtype=torch.uint8).fill_(1))
+        return size / 1e9 / least_seconds(lambda: torch.empty(size, dtype=torch.uint8).fill_(1))
 
     before = rate()
     with kept_memory(keep=True) as kept:
         after = rate() if kept else before
     return Lever("pretrain.keep_memory", before, after, "GB/s into new tensors", "" if kept else "needs glibc")
-
-
-def _least(work: Callable[[], object], *, times: int = 5) -> float:
-    """Least CPU seconds, of which a busy machine takes nothing."""
-    work()
-    found = []
-    for _ in range(times):
-        begin = time.process_time()
-        work()
-        found.append(time.process_time() - begin)
-    return max(min(found), 1e-9)

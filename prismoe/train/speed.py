@@ -5,6 +5,9 @@ FLOPs of a token in training, forward and backward: 6 · (weights of matrix prod
 experts and the output matrix, and no embedding that is only looked up; the second is QKᵀ and its product with V,
 halved because attention is causal. Recomputed activations are not counted: MFU is of what the model needs. (Counting
 all E experts, or attention without the half, gave published figures 1.9 to 2.3 times too high.)
+
+The peak is the data sheet's for a device of the table. A CPU has none worth the name: there it is what a product of two
+matrices was measured to reach in the same process (`device.product_rate`), so MFU is the share of that.
 """
 
 from __future__ import annotations
@@ -74,14 +77,18 @@ def flops_per_token(model: Any, *, seq_len: int) -> float:
 class Timing:
     """`timing.jsonl`: what the clock says of each step, apart from the log, whose bytes must not depend on it."""
 
-    def __init__(self, path: Path, *, flops: float, world: int, device: Any, muted: bool) -> None:
+    def __init__(self, path: Path, *, flops: float, world: int, device: Any, muted: bool, bf16: bool = False) -> None:
         self._file = (Path(os.devnull) if muted else path).open("a")
         self._flops, self._world, self._device = flops, world, device
+        import torch
+
         self._peak: float | None = None
         if device.type == "cuda":
-            import torch
-
             self._peak = peak_flops(torch.cuda.get_device_name(device))
+        elif not muted:
+            from prismoe.train.device import product_rate
+
+            self._peak = product_rate(torch.bfloat16 if bf16 else torch.float32)
         self._before = time.perf_counter()
 
     def begin(self) -> None:
@@ -94,7 +101,7 @@ class Timing:
         rate = tokens / seconds / self._world
         line = {"step": step, "seconds": round(seconds, 6), "tokens_per_second_device": round(rate, 1)}
         if self._peak is not None:
-            line["mfu"] = round(rate * self._flops / self._peak, 4)
+            line |= {"mfu": round(rate * self._flops / self._peak, 4), "peak_flops": round(self._peak)}
         line["memory_bytes"] = self._memory()
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
