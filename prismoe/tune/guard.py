@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,8 @@ class Guard:
             env={"PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for the run, which then closes this
         )
-        self.marks: bool = self._ask({"template": source, "variables": dict(variables)}, "")["marks"]
+        self._send({"template": source, "variables": dict(variables)})
+        self.marks: bool = self._reply("")["marks"]
 
     def __enter__(self) -> Guard:
         return self
@@ -78,12 +79,14 @@ class Guard:
     def close(self) -> None:
         """End the process."""
         process = self.__dict__.get("_process")
-        if process is not None and process.returncode is None:
+        if process is None:
+            return
+        if process.poll() is None:
             process.kill()
             process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):  # what was still to be written is not wanted any more
-                    pipe.close()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # what was still to be written is not wanted any more
+                pipe.close()
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False, where: str = "") -> Shown:
         """The text of a conversation and where its answers are; with `prompt` up to where the next answer begins.
@@ -92,11 +95,32 @@ class Guard:
             BadDocument: the template refuses this conversation, in its own words.
             InputError: the template broke a limit, or its answers cannot be told from the rest.
         """
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        found = self._ask({"messages": turns, "prompt": prompt}, where)
-        return Shown(found["text"], tuple((begin, end) for begin, end in found["spans"]))
+        (found,) = self.render_all([(messages, where)], prompt=prompt)
+        if isinstance(found, BadDocument):
+            raise found
+        return found
 
-    def _ask(self, request: object, where: str) -> dict[str, Any]:
+    def render_all(
+        self, batch: Sequence[tuple[Sequence[Message], str]], *, prompt: bool = False
+    ) -> Iterator[Shown | BadDocument]:
+        """Many at once, given with their places; refused ones in their place. One at a time, processes would wait for
+        each other. All must be taken before anything else is asked.
+        """
+        self._send(
+            [
+                {"prompt": prompt, "messages": [{"role": turn.role, "content": turn.content} for turn in messages]}
+                for messages, _ in batch
+            ]
+        )
+        for _, where in batch:
+            try:
+                found = self._reply(where)
+            except BadDocument as error:
+                yield error
+            else:
+                yield Shown(found["text"], tuple((begin, end) for begin, end in found["spans"]))
+
+    def _send(self, request: object) -> None:
         if self._process.poll() is not None:
             raise InputError("the process of this template has ended", where=self.where)
         assert self._process.stdin is not None
@@ -104,8 +128,10 @@ class Guard:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._ended() from None
-        found: dict[str, Any] = json.loads(self._line())
+            raise self._ended("") from None
+
+    def _reply(self, where: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._line(where))
         if "error" not in found:
             return found
         told = "".join(letter for letter in " ".join(found["error"].split())[:200] if letter.isprintable())
@@ -114,30 +140,32 @@ class Guard:
             raise InputError(told, where=self.where, hint=f"at {where}" if where else "")
         raise BadDocument(f"refused by the template ({told})", reason="refused by the template", where=where)
 
-    def _line(self) -> bytes:
+    def _line(self, where: str) -> bytes:
         """The next line of the process's output."""
         assert self._process.stdout is not None
         output = self._process.stdout.fileno()
-        parts, size = [self._rest], 0
+        line, complete, self._rest = self._rest.partition(b"\n")
+        if complete:
+            return line
+        parts, size = [line], 0
         until = time.monotonic() + WALL_SECONDS
         while b"\n" not in parts[-1]:
             ready = select.select([output], [], [], max(0.0, until - time.monotonic()))[0]
             if not ready or size > MAX_REPLY:
                 self.close()
-                found = "a reply without an end" if ready else f"took more than {WALL_SECONDS:.0f} s"
-                raise InputError(found, where=self.where)
+                told = "a reply without an end" if ready else f"took more than {WALL_SECONDS:.0f} s"
+                raise InputError(told, where=self.where, hint=f"at {where}" if where else "")
             data = os.read(output, 1 << 20)
             if not data:
-                raise self._ended()
+                raise self._ended(where)
             parts.append(data)
             size += len(data)
         line, _, self._rest = b"".join(parts).partition(b"\n")
         return line
 
-    def _ended(self) -> InputError:
+    def _ended(self, where: str) -> InputError:
         code = self._process.wait()
-        if code == -signal.SIGXCPU:
-            return InputError(
-                f"took more than {sandbox.SECONDS} s of processor time for one conversation", where=self.where
-            )
-        return InputError(f"its process ended with status {code}", where=self.where, hint="it broke a limit")
+        self.close()
+        limit = f"took more than {sandbox.SECONDS} s of processor time for one conversation"
+        found = limit if code == -signal.SIGXCPU else f"its process ended with status {code}"
+        return InputError(found, where=self.where, hint=f"at {where}" if where else "")

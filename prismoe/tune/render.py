@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,8 +18,10 @@ from prismoe.errors import InputError, UsageError
 from prismoe.tune.conversations import Conversation, Message
 from prismoe.tune.guard import Guard, Shown
 
-__all__ = ["TEMPLATES", "ChatTemplate", "Rendered", "open_template", "render"]
+__all__ = ["TEMPLATES", "ChatTemplate", "Rendered", "open_template", "render", "render_all"]
 
+Encoded = tuple[npt.NDArray[np.int32], list[tuple[int, int]]]
+"""Ids [T], and the tokens (begin, end) of each answer, the end-of-turn token last."""
 TEMPLATES = "prismoe.tune.templates"
 MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some 10^4
 _PROBE = (
@@ -79,7 +81,9 @@ class ChatTemplate:
         self.guard = Guard(source, variables=variables, where=f"template {name}")
         try:
             self.marks = self.guard.marks
-            self.end_token, self.starts = self._probe(frozenset(added), tokenizer.bos_token_id)
+            self.end_token, self.starts = self._probe(
+                frozenset(added) - {tokenizer.unk_token_id}, tokenizer.bos_token_id
+            )
         except BaseException:
             self.close()
             raise
@@ -100,7 +104,8 @@ class ChatTemplate:
         Raises:
             BadDocument: the template refuses it, or a message holds a control token.
         """
-        self._check_control(messages, where)
+        if error := self._control_token(messages, where):
+            raise error
         shown = self.guard.render(messages, prompt=True, where=where)
         return np.asarray(self._tokenizer.encode(shown.text, add_special_tokens=False).ids, np.int32)
 
@@ -112,7 +117,7 @@ class ChatTemplate:
         except BadDocument as error:
             raise InputError(error.found, where=where) from error
         self._check_spans(shown, _PROBE)
-        ids_T, offsets_T2 = self._encode(shown.text)
+        ids_T, offsets_T2 = _arrays(self._tokenizer.encode(shown.text, add_special_tokens=False))
         starts = [int(number) == start_token for number in ids_T[:2]]
         if all(starts):
             raise InputError("writes the start token twice", where=where)
@@ -135,37 +140,48 @@ class ChatTemplate:
         if len(shown.spans) != answers:
             raise InputError(f"marks {len(shown.spans)} of {answers} answers", where=f"template {self.name}")
 
-    def _check_control(self, messages: Sequence[Message], where: str) -> None:
+    def _control_token(self, messages: Sequence[Message], where: str) -> BadDocument | None:
         for turn, message in enumerate(messages, start=1):
             if found := self._control.search(message.content):
-                raise BadDocument(
+                return BadDocument(
                     f"turn {turn} holds the control token {found[0]}", reason="control token in the text", where=where
                 )
+        return None
 
-    def _encode(self, text: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids [T] of the whole text, tokenised once, and the characters [T, 2] that each stands for."""
-        found = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int64).reshape(-1, 2)
+    def encode(self, batch: Sequence[Conversation]) -> Iterator[Encoded | BadDocument]:
+        """Ids of whole conversations, each text tokenised once, and the tokens of their answers.
 
-    def encode(self, conversation: Conversation) -> tuple[npt.NDArray[np.int32], list[tuple[int, int]]]:
-        """Ids of the whole conversation, and the tokens (begin, end) of each answer, the end-of-turn token last.
-
-        Raises:
-            BadDocument: the template refuses it, or a text holds a control token.
+        A conversation that the template refuses, or that holds a control token, gives what is wrong with it.
         """
-        where = conversation.where
-        self._check_control(conversation.messages, where)
-        shown = self.guard.render(conversation.messages, where=where)
+        refused = [self._control_token(conversation.messages, conversation.where) for conversation in batch]
+        rest = [conversation for conversation, error in zip(batch, refused, strict=True) if error is None]
+        shown = list(self.guard.render_all([(conversation.messages, conversation.where) for conversation in rest]))
+        texts = [one.text for one in shown if isinstance(one, Shown)]
+        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        found = iter(zip(rest, shown, strict=True))
+        for error in refused:
+            if error is not None:
+                yield error
+                continue
+            conversation, one = next(found)
+            yield one if isinstance(one, BadDocument) else self._located(conversation, one, next(encodings))
+
+    def _located(self, conversation: Conversation, shown: Shown, encoding: Any) -> Encoded | BadDocument:
         self._check_spans(shown, conversation.messages)
-        ids_T, offsets_T2 = self._encode(shown.text)
+        ids_T, offsets_T2 = _arrays(encoding)
         answers = []
         for span in shown.spans:
             inside = np.flatnonzero(_overlaps(offsets_T2, span))
             ends = inside[ids_T[inside] == self.end_token]
             if not len(ends):
-                raise BadDocument("an answer without its end token", reason="no end token", where=where)
+                return BadDocument("an answer without its end token", reason="no end token", where=conversation.where)
             answers.append((int(inside[0]), int(ends[-1]) + 1))
         return ids_T, answers
+
+
+def _arrays(encoding: Any) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Ids [T] and the characters [T, 2] that each stands for."""
+    return np.asarray(encoding.ids, np.int32), np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
 
 
 def _overlaps(offsets_T2: npt.NDArray[np.int64], span: tuple[int, int]) -> npt.NDArray[np.bool_]:
@@ -244,8 +260,25 @@ def render(conversation: Conversation, template: ChatTemplate, *, max_len: int) 
 
     Raises:
         BadDocument: nothing in it that could be learned; `reason` counts it.
+        InputError: the template broke a limit, or its answers cannot be told from the rest.
     """
-    ids_T, answers = template.encode(conversation)
+    (found,) = render_all([conversation], template, max_len=max_len)
+    if isinstance(found, BadDocument):
+        raise found
+    return found
+
+
+def render_all(
+    batch: Sequence[Conversation], template: ChatTemplate, *, max_len: int
+) -> Iterator[Rendered | BadDocument]:
+    """Each conversation as `render` gives it, or what is wrong with it in its place; on all cores."""
+    for conversation, encoded in zip(batch, template.encode(batch), strict=True):
+        yield encoded if isinstance(encoded, BadDocument) else _cut(conversation, *encoded, max_len=max_len)
+
+
+def _cut(
+    conversation: Conversation, ids_T: npt.NDArray[np.int32], answers: list[tuple[int, int]], *, max_len: int
+) -> Rendered | BadDocument:
     length = len(ids_T)
     if length > max_len:
         length = max((end for _, end in answers if end <= max_len), default=max_len)
@@ -253,7 +286,7 @@ def render(conversation: Conversation, template: ChatTemplate, *, max_len: int) 
     for begin, end in answers:
         supervised_T[begin:end] = True
     if not supervised_T.any():
-        raise BadDocument(
+        return BadDocument(
             f"the first answer begins after {answers[0][0]:,} ids, beyond the {max_len:,} that fit",
             reason="nothing supervised",
             where=conversation.where,

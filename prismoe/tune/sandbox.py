@@ -1,6 +1,7 @@
 """The program of the guarded process (`tune.guard`): renders one stranger's template, within limits, and nothing else.
 
-It is run by its path, imports nothing of prismoe and speaks JSON lines: first the template, then one request a line.
+It is run by its path, imports nothing of prismoe and speaks JSON lines: first the template, then lists of requests.
+Each gets a line.
 The language is what stock `transformers` gives a chat template: Jinja's immutable sandbox with loop controls, `tojson`,
 `raise_exception`, `strftime_now` and `{% generation %}` blocks. The clock stands still, so that a rendering depends on
 the text alone.
@@ -207,8 +208,9 @@ def main() -> None:
 
     reply(attempt(begin))
     for line in source:
-        grant()
-        reply(attempt(partial(lambda line: answer(json.loads(line), compiled[0], first["variables"]), line)))
+        for request in json.loads(line):
+            grant()
+            reply(attempt(partial(answer, request, compiled[0], first["variables"])))
 
 
 if __name__ == "__main__":

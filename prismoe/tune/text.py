@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -13,9 +13,11 @@ from prismoe.errors import InputError, UsageError
 from prismoe.progress import Progress, quiet
 from prismoe.tune.conversations import Conversation, Refusals, find_files, read_conversations
 from prismoe.tune.forms import LEFT_OUT
-from prismoe.tune.render import ChatTemplate, Rendered, render
+from prismoe.tune.render import ChatTemplate, Rendered, render_all
 
 __all__ = ["FileReceipt", "TextReceipt", "TuneText", "is_heldout", "prepare_text"]
+
+BATCH, BATCH_CHARACTERS = 128, 1 << 20
 
 
 @dataclass
@@ -136,15 +138,14 @@ def prepare_text(
             for kept in (own, refusals):
                 kept.add(error.reason, error.where)
 
-        for conversation in read_conversations(path, form=form, on_bad=refuse):
-            try:
-                row = render(conversation, template, max_len=max_len)
-            except BadDocument as error:
-                refuse(error)
-                continue
-            hold = is_heldout(conversation, share=heldout, seed=seed)
-            (apart if hold else train).append(row)
-            _count(receipt, conversation, row, hold)
+        for batch in _batches(read_conversations(path, form=form, on_bad=refuse)):
+            for conversation, row in zip(batch, render_all(batch, template, max_len=max_len), strict=True):
+                if isinstance(row, BadDocument):
+                    refuse(row)
+                    continue
+                hold = is_heldout(conversation, share=heldout, seed=seed)
+                (apart if hold else train).append(row)
+                _count(receipt, conversation, row, hold)
             on_progress("conversations", len(train) + len(apart), 0)
         receipt.refused, receipt.first = dict(own.counts), own.first
     rows = sum(receipt.rows for receipt in receipts)
@@ -152,6 +153,20 @@ def prepare_text(
     if not train:
         raise InputError(f"none of {rows:,} rows is left to train on", where=receipts[0].file)
     return TuneText(train, apart, TextReceipt(template.name, template.sha256, max_len, heldout, seed, tuple(receipts)))
+
+
+def _batches(conversations: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+    """Some at a time, of bounded size: each is a message to the guarded process."""
+    batch: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        batch.append(conversation)
+        size += sum(len(message.content) for message in conversation.messages)
+        if len(batch) == BATCH or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _count(receipt: FileReceipt, conversation: Conversation, row: Rendered, hold: bool) -> None:
