@@ -12,11 +12,20 @@ import numpy as np
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError
 from prismoe.evaluate.kept import Kept
-from prismoe.evaluate.tasks import TaskResult, WantedTask, score_tasks
+from prismoe.evaluate.localfiles import LOCAL, read_files
+from prismoe.evaluate.tasks import TaskResult, WantedTask, score_tasks, suites
 from prismoe.folder import sha256_file, versions
 from prismoe.progress import Progress
 
-__all__ = ["check_tokenizer", "score_benchmarks"]
+__all__ = ["check_tokenizer", "count_requests", "score_benchmarks", "task_files"]
+
+
+def task_files(suite: str | None, tasks: Sequence[str] | None, files: Path) -> tuple[Path, ...]:
+    """The files of the folder `files` whose items are scored; what is unknown or missing is left to `check_tasks`."""
+    wanted = suites().get(suite, {}) if suite is not None else [task.partition(":")[0] for task in tasks or ()]
+    places = [[files / name for _, name in LOCAL[task].scored] for task in wanted if task in LOCAL]
+    found = [next((path for path in paths if path.is_file()), None) for paths in places]
+    return tuple(dict.fromkeys(path for path in found if path is not None))
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -36,6 +45,32 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         raise InputError(f"not a tokenizer ({error})"[:200], where=str(path)) from error
     if isinstance(size, int) and largest >= size:
         raise InputError(f"ids up to {largest}", where=str(path), needed=f"below the model's vocab_size {size}")
+
+
+def count_requests(
+    wanted: Sequence[WantedTask], *, files: str | Path | None, limit: int | None, seed: int
+) -> list[dict[str, Any]]:
+    """How many documents and prompts each task comes to; None without `files`: the hub's are not there yet."""
+    rows: list[dict[str, Any]] = []
+    for one in wanted:
+        rows.append({"task": one.task, "num_fewshot": one.num_fewshot, "num_documents": None, "num_requests": None})
+        if files is not None:
+            from prismoe.evaluate.harness import definition_files, open_benchmark, tamed_harness
+
+            found = read_files(one.task, Path(files), num_fewshot=one.num_fewshot)
+            benchmark = open_benchmark(
+                one.task, definition_files(one.task), found, num_fewshot=one.num_fewshot, limit=limit, seed=seed
+            )
+            documents = prompts = 0
+            with tamed_harness():
+                for name, places in benchmark.chosen.items():
+                    part = benchmark.parts[name]
+                    docs = part.eval_docs  # made anew whenever it is asked for
+                    documents += len(places)
+                    choices = (part.doc_to_choice(docs[place]) if benchmark.has_choices else [""] for place in places)
+                    prompts += sum(map(len, choices))
+            rows[-1] |= {"num_documents": documents, "num_requests": prompts}
+    return rows
 
 
 def score_benchmarks(
@@ -64,26 +99,30 @@ def score_benchmarks(
         done = {one.task: kept.find(task=one.task, num_fewshot=one.num_fewshot, **of_model) for one in wanted}
         results = {task: _read(before) for task, before in done.items() if before is not None}
 
-        def keep(result: TaskResult, of_model: dict[str, Any] = of_model) -> None:
+        def keep(
+            result: TaskResult,
+            of_model: dict[str, Any] = of_model,
+            results: dict[str, TaskResult] = results,
+        ) -> None:
+            results[result.task] = result
             written = {**result.to_dict(), "per_document": result.per_document_N.tolist()}
             kept.keep(written, task=result.task, num_fewshot=result.num_fewshot, **of_model)
 
         def progress(what: str, count: int, total: int, name: str = name) -> None:
             on_progress(f"benchmarks: {name} on {what.partition(': ')[2] or what}", count, total)
 
-        for one in wanted:
-            if one.task not in results:
-                (results[one.task],) = score_tasks(
-                    checkpoint.folder,
-                    tasks=[f"{one.task}:{one.num_fewshot}"],
-                    files=files,
-                    limit=limit,
-                    batch_size=batch_size,
-                    seed=seed,
-                    offline=offline,
-                    on_progress=progress,
-                )
-                keep(results[one.task])
+        if left := [f"{one.task}:{one.num_fewshot}" for one in wanted if one.task not in results]:
+            score_tasks(
+                checkpoint.folder,
+                tasks=left,
+                files=files,
+                limit=limit,
+                batch_size=batch_size,
+                seed=seed,
+                offline=offline,
+                on_result=keep,
+                on_progress=progress,
+            )
         found[name] = [results[one.task] for one in wanted]
     return found
 

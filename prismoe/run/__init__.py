@@ -86,9 +86,10 @@ def run(
         for key in STAGES[name].needs:
             config.need(key)
         if not STAGES[name].asked(config):
-            raise UsageError("nothing to sift by", needed="data.filters, data.deduplicate or data.decontaminate")
+            found, needed = STAGES[name].nothing
+            raise UsageError(found, needed=needed)
     if dry_run:
-        names = [name for name in names if _checkable(config, name) or [name] == ["pretrain"] == names]
+        names = [name for name in names if _checkable(config, name) or names in (["pretrain"], ["eval"])]
     elif names != ["plan"]:
         config.need("out")
     rank, world = launched()[:2]
@@ -97,26 +98,24 @@ def run(
     work = Work(config, dry_run=dry_run, force=force, offline=offline, on_progress=on_progress)
     writes = work.out is not None and not dry_run and rank == 0
     done: list[Done] = []
+    keys = _keys(work)
+    if writes:
+        before = read_state(work.folder("."))
+        for name in names:
+            if not _finished(work, name, _late_key(name, keys, before), before):
+                STAGES[name].check(work)
     with _hold(work.out) if work.out is not None and writes else nullcontext():
         state = read_state(work.out) if work.out is not None else {}
-        keys = _keys(work)
         if writes:
             _check_before(work, names, keys, state)
             write_atomic(work.folder(CONFIG), _yaml(config))
         for name in names:
             started, stage = time.monotonic(), STAGES[name]
             key = _late_key(name, keys, state)
-            record = state.get(name)
             # By name: a report is written again, perhaps by a newer version; prepare checks every shard that it has.
             asked = stages is not None and name in ("report", "prepare")
-            if (
-                record
-                and record["key"] == key
-                and not asked
-                and work.out is not None
-                and (work.out / stage.output).exists()
-            ):
-                done.append(Done(name, "kept", 0.0, record["receipt"]))
+            if not asked and _finished(work, name, key, state):
+                done.append(Done(name, "kept", 0.0, state[name]["receipt"]))
             else:
                 receipt = json.loads(json.dumps(stage.work(work)))  # as a kept stage has it
                 seconds = round(time.monotonic() - started, 3)
@@ -134,6 +133,11 @@ def run(
     return Run(out=config.out or "", stages=tuple(done))
 
 
+def _finished(work: Work, name: str, key: str, state: Mapping[str, Any]) -> bool:
+    there = work.out is not None and (work.out / STAGES[name].output).exists()
+    return there and name in state and state[name]["key"] == key
+
+
 def _order(config: Config) -> list[str]:
     """What is soon done and often wrong comes first: a plan does not wait for text that it does not look at."""
     soon = () if config.calibrate is not None else ("plan", "convert", "verify")
@@ -142,6 +146,8 @@ def _order(config: Config) -> list[str]:
 
 def _checkable(config: Config, name: str) -> bool:
     """Whether a dry run can say anything: not before the text of a calibration is prepared, or a plan is measured."""
+    if name == "eval":
+        return bool(config.eval.benchmarks)
     if config.calibrate is None or not STAGES[name].dry:
         return STAGES[name].dry
     out = Path(config.need("out"))
@@ -192,7 +198,7 @@ def _has_sections(config: Config, name: str) -> bool:
     }.get(config.pretrain.model, ()):
         return False
     stage = STAGES[name]
-    return stage.needs[0] == "source" or (getattr(config, stage.needs[0]) is not None and stage.asked(config))
+    return (stage.needs[0] == "source" or getattr(config, stage.needs[0]) is not None) and stage.asked(config)
 
 
 def _keys(work: Work) -> dict[str, str]:

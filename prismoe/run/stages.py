@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismoe.errors import InputError, UsageError
-from prismoe.folder import write_json_atomic
 from prismoe.progress import Progress
-from prismoe.run.texts import SIFTED, prepare_part, sift_texts, sifting, texts
-from prismoe.run.tracing import trace_run, traced
+from prismoe.run.evaluation import check_evaluation, evaluate_run, is_evaluated, measured
+from prismoe.run.texts import SIFTED, is_sifted, prepare_part, sift_texts, sifting, texts
+from prismoe.run.tracing import check_trace, trace_run, traced
 
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
@@ -261,20 +261,6 @@ def _pretrain(work: Work) -> dict[str, Any]:
     return train(work)
 
 
-def _eval(work: Work) -> dict[str, Any]:
-    from prismoe.evaluate import evaluate
-
-    made = {"step 0": work.folder("moe"), "trained": work.folder("train/model")}
-    models: dict[str, str | Path | Checkpoint] = {"dense": work.checkpoint}
-    models |= {name: path for name, path in made.items() if path.is_dir()}
-    options, training = asdict(work.config.eval), work.config.pretrain
-    options["seq_len"] = options["seq_len"] or (training.seq_len if training else 512)
-    options["threads"] = training.threads if training else 0
-    scores = evaluate(models, work.domains(), offline=work.offline, on_progress=work.on_progress, **options).to_dict()
-    write_json_atomic(work.folder("scores.json"), scores)
-    return scores
-
-
 def _report(work: Work) -> dict[str, Any]:
     from prismoe.report import write_report
 
@@ -285,7 +271,8 @@ def _report(work: Work) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Stage:
     """`decides` gives what its result depends on beside those stages in `after` that the config has the sections for;
-    `output` must be there when finished. `needs` are top-level keys; the first one asks for the stage, if `asked` does.
+    `output` must be there when finished. `needs` are top-level keys; the first one asks for the stage, if `asked` does
+    (else `nothing` says what was found and needed). `check` is done before the first stage of a run begins.
     """
 
     work: Callable[[Work], dict[str, Any]]
@@ -295,6 +282,8 @@ class Stage:
     needs: tuple[str, ...] = ("source",)
     dry: bool = False
     asked: Callable[[Config], bool] = lambda config: True
+    nothing: tuple[str, str] = ("", "")
+    check: Callable[[Work], object] = lambda work: None
 
 
 STAGES: dict[str, Stage] = {
@@ -305,7 +294,8 @@ STAGES: dict[str, Stage] = {
         lambda c: {"sift": sifting(c), "data": texts(c)},
         needs=("data",),
         dry=True,
-        asked=lambda c: c.need("data").sifted,
+        asked=is_sifted,
+        nothing=("nothing to sift by", "data.filters, data.deduplicate or data.decontaminate"),
     ),
     "prepare": Stage(_prepare, "data", ("sift",), lambda c: {"data": texts(c)}, needs=("data",), dry=True),
     "calibrate": Stage(
@@ -336,13 +326,23 @@ STAGES: dict[str, Stage] = {
         },
         needs=("pretrain", "data"),
     ),
-    "eval": Stage(_eval, "scores.json", ("prepare",), lambda c: {"eval": asdict(c.eval)}, needs=("data",)),
+    "eval": Stage(
+        evaluate_run,
+        "scores.json",
+        ("prepare",),
+        measured,
+        dry=True,
+        asked=is_evaluated,
+        nothing=("nothing to evaluate on", "a `data:` section, eval.suite or eval.tasks"),
+        check=check_evaluation,
+    ),
     "trace": Stage(
         trace_run,
         "trace/manifest.json",
         ("prepare",),
         traced,
         needs=("data",),
+        check=check_trace,
     ),
     "report": Stage(_report, "report.html", (), lambda c: {}),
 }

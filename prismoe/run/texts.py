@@ -7,12 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prismoe.state import read_state
+
 if TYPE_CHECKING:
     from prismoe.config.settings import Config, DataConfig
     from prismoe.data.sources import DomainSource
     from prismoe.run.stages import Work
 
-__all__ = ["SIFTED", "prepare_part", "sift_texts", "sifting", "sources", "texts"]
+__all__ = ["SIFTED", "is_sifted", "prepare_part", "sift_texts", "sifting", "sources", "texts"]
 
 SIFTED = "sift"
 
@@ -53,7 +55,7 @@ def sift_texts(work: Work) -> dict[str, Any]:
         sources(data),
         filters=filters,
         deduplicate=data.deduplicate,
-        decontaminate=_tuple(data.decontaminate),
+        decontaminate=_benchmarks(work.config),
         tokenizer=data.tokenizer or work.checkpoint.folder,
         out=work.folder(SIFTED),
         offline=work.offline,
@@ -80,23 +82,44 @@ def sources(data: DataConfig) -> dict[str, DomainSource]:
 
 def _keep(work: Work) -> Path | None:
     """The folder that says which documents are tokenised; a dry run may come before it is made."""
-    if not work.config.need("data").sifted:
+    if not is_sifted(work.config):
         return None
     folder = work.folder(SIFTED)
     return None if work.dry_run and not (folder / "manifest.json").exists() else folder
 
 
+def is_sifted(config: Config) -> bool:
+    """Whether anything is dropped before the text is tokenised."""
+    return any(value not in ([], "none") for value in sifting(config).values())
+
+
 def sifting(config: Config) -> dict[str, Any]:
-    """What decides which documents are dropped, the content of benchmark files included."""
+    """What decides which documents are dropped, the content of benchmark files included.
+
+    Benchmarks that are named when the text is prepared already change nothing about it: it stays as it was sifted, and
+    the scores say so.
+    """
     from prismoe.folder import sha256_file
 
     data = config.need("data")
-    benchmarks = [sha256_file(Path(path)) if Path(path).is_file() else path for path in _tuple(data.decontaminate)]
-    return {
-        "filters": [asdict(spec) for spec in data.filters],
-        "deduplicate": data.deduplicate,
-        "decontaminate": benchmarks,
-    }
+    files = [sha256_file(Path(path)) if Path(path).is_file() else path for path in _benchmarks(config)]
+    found: dict[str, Any] = {"filters": [asdict(spec) for spec in data.filters], "deduplicate": data.deduplicate}
+    if data.decontaminate is None and config.out is not None and "prepare" in (state := read_state(Path(config.out))):
+        unsifted: dict[str, Any] = {"filters": [], "deduplicate": "none", "decontaminate": []}
+        before = state["sift"]["settings"]["sift"] if "sift" in state else unsifted
+        if all(before[key] == value for key, value in found.items()):
+            files = before["decontaminate"]
+    return {**found, "decontaminate": files}
+
+
+def _benchmarks(config: Config) -> tuple[str, ...]:
+    """Files that the training text must have no 13 words in common with: unless told otherwise what `eval` scores."""
+    from prismoe.run.evaluation import scored_files
+
+    given = config.need("data").decontaminate
+    if given is None:
+        return tuple(str(path) for path in scored_files(config.eval))
+    return () if given == "none" else _tuple(given)
 
 
 def texts(config: Config) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from prismoe.data.sift.duplicates import BANDS, Pairs, first_of_each
 from prismoe.data.sift.work import Filter, Part, Work
 from prismoe.errors import InputError
 
-__all__ = ["EMPTY", "KEPT", "Copies", "decide", "domain_scores", "reason_names", "threshold"]
+__all__ = ["EMPTY", "IN_BENCHMARK", "KEPT", "Copies", "decide", "domain_scores", "reason_names", "threshold"]
 
 KEPT, EMPTY, BENCHMARK, EXACT, NEAR, FILTERS = 0, 1, 2, 3, 4, 5
 """Values of the column `why`; the filter at place i drops with FILTERS + i."""
+
+IN_BENCHMARK = "13 words of a benchmark"
 
 RULES_THRESHOLD = 0.5  # a rule set gives 1 to what passes
 Folders = Mapping[str, Path]
@@ -34,7 +36,7 @@ def reason_names(work: Work) -> dict[int, str]:
     """Value of `why` → words."""
     return {
         EMPTY: "no text",
-        BENCHMARK: "13 words of a benchmark",
+        BENCHMARK: IN_BENCHMARK,
         EXACT: "exact copy",
         NEAR: "near copy",
         **{FILTERS + item.place: item.title for item in work.filters},
