@@ -1,16 +1,14 @@
-"""Chat templates: exact strings, exact ids and masks, and strangers' templates that cannot do harm."""
+"""Chat templates: exact strings, exact ids and masks, cuts and counts."""
 
 from __future__ import annotations
 
 import json
 import re
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from prismoe import registry
@@ -18,74 +16,10 @@ from prismoe.data.reader import BadDocument
 from prismoe.errors import InputError, UsageError
 from prismoe.tune.conversations import Conversation, Message, read_conversations
 from prismoe.tune.guard import Guard
-from prismoe.tune.render import TEMPLATES, ChatTemplate, Rendered, open_template, render, render_all
+from prismoe.tune.render import TEMPLATES, ChatTemplate, open_template, render
 from prismoe.tune.text import prepare_text
+from tests.chats import CHATML, SYSTEM, TALK, TURNS, llama2, neox, parts, stories, unmarked
 from tests.tiny import tiny_tokenizer
-
-TURNS = (
-    Message("user", "hi"),
-    Message("assistant", "Once upon a time"),
-    Message("user", "x"),
-    Message("assistant", "y"),
-)
-SYSTEM = Message("system", "Be.")
-TALK = Conversation(TURNS, "talk.jsonl", 3)
-CHATML = ["<|im_start|>", "<|im_end|>"]
-
-
-def unmarked(source: str) -> str:
-    return re.sub(r"{% (end)?generation %}", "", source)
-
-
-def stories(shared: Path, **more: Any) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(shared / "models" / "stories260K", **more)
-
-
-def neox(shared: Path) -> PreTrainedTokenizerFast:
-    """GPT-NeoX's, which writes no start token and whose start is its end."""
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(shared / "models" / "gpt-neox-tokenizer" / "tokenizer.json"), eos_token=end, bos_token=end
-    )
-
-
-@cache
-def llama2(shared: Path) -> PreTrainedTokenizerFast:
-    """Llama-2's vocabulary out of its SentencePiece file, in which lengths of a piece fit into one byte."""
-    data = (shared / "models" / "llama2-tokenizer" / "tokenizer.model").read_bytes()
-    scores: dict[str, float] = {}
-    position = 0
-    while data[position] == 0x0A:  # field 1: a piece, of text, score and perhaps a type
-        size = data[position + 1]
-        piece = data[position + 2 : position + 2 + size]
-        text, rest = piece[2 : 2 + piece[1]], piece[2 + piece[1] :]
-        scores[text.decode()] = float(np.frombuffer(rest[1:5], "<f4")[0])
-        position += 2 + size
-    ids = {text: number for number, text in enumerate(scores)}
-    merges = [
-        (ids[left + right], left, right)
-        for text in ids
-        for left, right in ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        if left in ids and right in ids
-    ]
-    model = models.BPE(
-        ids, [(left, right) for _, left, right in sorted(merges)], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
-    assert len(scores) == 32000
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True
-    )
-
-
-def parts(row: Rendered, tokenizer: PreTrainedTokenizerFast) -> list[tuple[bool, str]]:
-    """Runs of tokens that are supervised or not."""
-    cuts = np.flatnonzero(np.diff(row.supervised_T)) + 1
-    runs = [" ".join(tokenizer.convert_ids_to_tokens(run.tolist())) for run in np.split(row.input_ids_T, cuts)]
-    return list(zip(row.supervised_T[[0, *cuts]].tolist(), runs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -306,53 +240,6 @@ def test_control_tokens_in_a_text_are_refused(tiny: PreTrainedTokenizerFast) -> 
             assert caught.value.reason == "control token in the text"
 
 
-LOOP = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("source", "told"),
-    [
-        # the header of an answer is in no generation prompt, so that it would be learned
-        (LOOP, "no generation marks, and the answer's text does not follow the generation prompt"),
-        # a last answer is written otherwise than one before (Qwen3's)
-        (
-            "{% for m in messages %}{{ m['role'] + ':' }}"
-            "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
-            "{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}",
-            "no generation marks, and what it writes for a conversation's beginning is not how it begins",
-        ),
-        # the end token is outside the block: never learned
-        (
-            "{% for m in messages %}{{ m['role'] + ':' }}{% generation %}{{ m['content'] }}{% endgeneration %}"
-            "{{ eos_token }}{% endfor %}",
-            "marks 4 of 2 answers",
-        ),
-        (
-            "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
-            "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
-            "{{ eos_token }}{% endfor %}",
-            r"an answer does not end with a token of its own; .* the end token belongs before {% endgeneration %}",
-        ),
-        (
-            "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",
-            "an answer does not end with a token of its own; needed an end-of-turn token",
-        ),
-        ("{{ bos_token + bos_token }}" + LOOP.replace("m['role'] + ':' + ", ""), "writes the start token twice"),
-        ("{% generation %}{% generation %}{% endgeneration %}{% endgeneration %}", "a generation block within another"),
-        ("{% for m in messages %}", "line 1: .*"),
-        ("{{ raise_exception('no\n system\x1b[2J') }}", r"refused by the template \(no system\[2J\)"),
-        ("{{ nothing.at.all }}", r"refused by the template \('nothing' is undefined\)"),
-    ],
-)
-def test_templates_that_cannot_teach(tiny: PreTrainedTokenizerFast, tmp_path: Path, source: str, told: str) -> None:
-    path = tmp_path / "own.jinja"
-    path.write_text(source)
-    with pytest.raises(InputError, match=rf"template \S+own\.jinja: {told}") as caught:
-        open_template(str(path), tokenizer=tiny)
-    assert "\n" not in str(caught.value)
-    assert "\x1b" not in str(caught.value)
-
-
 def test_the_models_own_template_and_files(tiny: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"template model: the tokenizer has no chat template \(hint: name one of chatml"
@@ -382,92 +269,6 @@ def test_the_models_own_template_and_files(tiny: PreTrainedTokenizerFast, tmp_pa
     tiny.eos_token = None
     with pytest.raises(InputError, match="a tokenizer without an end token"):
         open_template("vicuna_v1_1", tokenizer=tiny)
-
-
-BOMBS = {
-    "loops": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "2 s of processor time",
-    ),
-    "power": ("{{ 10 ** (10 ** 10) }}", "2 s of processor time|512 MiB of memory"),
-    "length": ("{{ 'a' * 10 ** 9 }}", "512 MiB of memory"),
-    "doubling": (
-        "{% set n = namespace(v='ab') %}{% for i in range(99) %}{% set n.v = n.v + n.v %}{% endfor %}",
-        "512 MiB of memory",
-    ),
-    "size": ("{% for i in range(99999) %}{{ 'abcdefghij' * 100 }}{% endfor %}", "16 million characters"),
-    "width": ("{{ '%999999999d' % 1 }}", "512 MiB of memory"),
-    "range": ("{{ range(10 ** 9) | list }}", "Range too big"),
-    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion without an end"),
-    "nesting": ("{{" + "(" * 9999 + "1" + ")" * 9999 + "}}", "recursion without an end"),
-    "class": ("{{ ''.__class__.__mro__ }}", "forbidden in a template"),
-    "globals": ("{{ cycler.__init__.__globals__ }}", "forbidden in a template"),
-    "format": ("{{ '{0.__class__.__mro__}'.format(1).x.y }}", "forbidden in a template|undefined"),
-    "change": ("{{ messages.append(1) }}", "forbidden in a template"),
-    "include": ("{% include '/etc/passwd' %}", "refused by the template"),
-    "draws": ("{{ lipsum() }}", "'lipsum' is undefined"),
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_is_one_line(tiny: PreTrainedTokenizerFast, name: str) -> None:
-    tiny.chat_template, told = BOMBS[name]
-    with pytest.raises(InputError, match=f"template model: .*({told})") as caught:
-        open_template("model", tokenizer=tiny)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_late_bomb_names_the_conversation() -> None:
-    source = "{% for m in messages %}{{ m.content * 9 ** (m.content | length) }}{% endfor %}"
-    with Guard(source, variables={}, where="template late") as guard:
-        assert guard.render(TURNS[:1], prompt=True).text == "hi" * 81
-        with pytest.raises(InputError, match=r"template late: more than 512 MiB of memory \(hint: at a\.jsonl:9\)"):
-            guard.render(TURNS, where="a.jsonl:9", prompt=True)
-        with pytest.raises(InputError, match="the process of this template has ended"):
-            guard.render(TURNS)
-
-
-def test_a_batch_gives_each_its_own(tiny: PreTrainedTokenizerFast) -> None:
-    tiny.chat_template = (
-        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
-        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if messages[0].content == 'bomb' %}{{ 'a' * 10 ** 9 }}{% endif %}"
-    )
-    questions = ["the old", "no", "a</s>", "red ball", "no", "tower"]
-    batch = [
-        Conversation((Message("user", question), TURNS[1]), "q", number) for number, question in enumerate(questions)
-    ]
-    with open_template("model", tokenizer=tiny) as template:
-        found = list(render_all(batch, template, max_len=99))
-        for conversation, row in zip(batch, found, strict=True):
-            if isinstance(row, BadDocument):
-                assert row.where == conversation.where
-                continue
-            alone = render(conversation, template, max_len=99)
-            assert np.array_equal(row.input_ids_T, alone.input_ids_T)
-            assert row.line == conversation.line
-        assert [isinstance(row, BadDocument) and row.reason for row in found] == [
-            False,
-            "refused by the template",
-            "control token in the text",
-            False,
-            "refused by the template",
-            False,
-        ]
-        bomb = Conversation((Message("user", "bomb"), TURNS[1]), "bomb", 1)
-        with pytest.raises(InputError, match=r"hint: at bomb:1"):
-            list(render_all([*batch, bomb, *batch], template, max_len=99))
-
-
-def test_the_process_has_no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRISMOE_SECRET", "x")
-    with Guard("{{ strftime_now('%d %b %Y') }}", variables={}, where="t") as guard:
-        assert guard.render(TURNS, prompt=True).text == "26 Jul 2024"
-        process = Path(f"/proc/{guard._process.pid}")
-        assert b"SECRET" not in (process / "environ").read_bytes()
-        limits = {line[:24].strip(): line[24:].split()[0] for line in (process / "limits").read_text().splitlines()}
-        assert limits["Max address space"] == str(512 << 20)
-        assert (limits["Max open files"], limits["Max file size"], limits["Max core file size"]) == ("3", "0", "0")
-    assert not process.exists()
 
 
 def test_the_receipt_counts_every_row(tiny: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -518,3 +319,17 @@ def test_the_receipt_counts_every_row(tiny: PreTrainedTokenizerFast, tmp_path: P
     found = json.loads(json.dumps(text.receipt.to_dict()))
     assert found["files"][1]["supervised_share"] == second.supervised / second.tokens
     assert (found["template"], found["template_sha256"]) == ("vicuna_v1_1", template.sha256)
+
+
+def test_every_answer_of_the_real_mix_is_learned(shared: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shared / "models" / "parent-4m")
+    files = [shared / "sft" / f"{name}.jsonl" for name in ("sharegpt_mix", "deita_subset")]
+    with open_template("vicuna_v1_1", tokenizer=tokenizer) as template:
+        text = prepare_text(files, template=template, max_len=10**6)
+    mix, deita = text.receipt.files
+    assert (mix.rows, mix.answers, mix.end_of_turn, mix.truncated, mix.refused) == (550, 1061, 1061, 0, {})
+    assert (deita.rows, deita.answers, deita.end_of_turn, deita.truncated, deita.refused) == (5, 78, 78, 0, {})
+    ends = sum(
+        int((row.input_ids_T[row.supervised_T] == template.end_token).sum()) for row in text.train + text.heldout
+    )
+    assert ends == 1061 + 78

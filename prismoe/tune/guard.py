@@ -30,6 +30,7 @@ __all__ = ["Guard", "Shown"]
 
 WALL_SECONDS = 60.0  # for one request, of which `sandbox.SECONDS` may be processor time; a busy machine waits
 MAX_REPLY = 256 << 20
+_NEEDED = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH")  # where the interpreter may find itself and Jinja
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Guard:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=Path(sandbox.__file__).parent,
-            env={"PYTHONHASHSEED": "0"},
+            env={"PYTHONHASHSEED": "0", **{name: os.environ[name] for name in _NEEDED if name in os.environ}},
             start_new_session=True,  # Ctrl-C is for the run, which then closes this
         )
         self._send({"template": source, "variables": dict(variables)})
