@@ -1,0 +1,130 @@
+"""Commands in real processes that start at once: forked from one that has imported everything already."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+NEEDED = (
+    *("torch", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral"),
+    *("prismoe.cli", "prismoe.run.stages", "prismoe.verify", "prismoe.train.pretrain", "prismoe.data.prepare"),
+)
+
+__all__ = ["Finished", "Running", "command", "start", "warm"]
+
+
+def warm() -> None:
+    """Import what the commands need, once, in the process that forks. No thread may be running."""
+    for name in NEEDED:
+        import_module(name)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended: exit `code` (minus the signal's number when it was killed), what it printed, its cost."""
+
+    code: int
+    out: str
+    error: str
+    seconds: float
+    max_bytes: int
+    timed_out: bool = False
+
+    @property
+    def last_line(self) -> str:
+        return self.error.strip().rpartition("\n")[2]
+
+
+class Running:
+    """A command on its way, in a process group of its own."""
+
+    def __init__(self, pid: int, out: Path, error: Path) -> None:
+        self.pid, self._out, self._error, self._begin = pid, out, error, time.monotonic()
+
+    def printed(self) -> str:
+        """What it has written to standard error so far."""
+        return self._error.read_text(errors="replace")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process itself."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 120) -> Finished:
+        """Its end; after `timeout` seconds it is killed, with everything that it started."""
+        late = False
+        while True:
+            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() - self._begin > timeout:
+                late = True
+                os.killpg(self.pid, signal.SIGKILL)
+                _, status, usage = os.wait4(self.pid, 0)
+                break
+            time.sleep(0.002)
+        seconds = time.monotonic() - self._begin
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # workers that outlived it
+        return Finished(
+            os.waitstatus_to_exitcode(status),
+            self._out.read_text(errors="replace"),
+            self.printed(),
+            seconds,
+            usage.ru_maxrss * 1024,
+            late,
+        )
+
+
+def start(
+    words: Sequence[str],
+    *,
+    log: Path,
+    before: Callable[[], None] | None = None,
+    memory: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> Running:
+    """Fork, and run `prismoe WORDS` in the new process. `before` runs there first; `memory` limits its address space.
+
+    What it prints goes to `log`.out and `log`.err.
+    """
+    out, error = log.with_suffix(".out"), log.with_suffix(".err")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return Running(pid, out, error)
+    code = 70
+    try:
+        os.setsid()
+        for number, path in ((1, out), (2, error)):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.dup2(handle, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(environment or {})
+        if memory is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        if before is not None:
+            before()
+        from prismoe.cli import main
+
+        code = main(list(words))
+    except BaseException:  # noqa: BLE001  whatever it was must not run on in a copy of the torture
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def command(words: Sequence[str], *, log: Path, timeout: float = 120, **options: object) -> Finished:
+    """`start`, then `wait`."""
+    return start(words, log=log, **options).wait(timeout)  # type: ignore[arg-type]

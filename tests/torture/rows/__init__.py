@@ -1,0 +1,1 @@
+"""One file, one promise (or a few that belong together): `run(place)` yields outcomes."""
