@@ -143,7 +143,8 @@ def prune_experts(
     opened = trace if isinstance(trace, RoutingTrace) else RoutingTrace.open(trace or _trace_beside(whole.folder))
     _check_trace(opened, whole, layers=layers, num_experts=num_experts)
     places = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
-    check_fit(whole, places, seq_len=seq_len)
+    if places:
+        check_fit(whole, places, seq_len=seq_len)
     plan = Plan.load(whole.folder / PLAN) if (whole.folder / PLAN).is_file() else None
     group = 1 if plan is None else max(layer.group for layer in plan.layers if layer is not None)
     choice = choose_experts(opened, keep=keep, threshold=threshold, criterion=criterion, group=group)

@@ -134,9 +134,9 @@ def _measure(
 ) -> Similarity:
     old = None if earlier is None else expert_blocks(earlier)
     if earlier is not None and old is not None and not _same_kind(now, blocks, earlier, old):
-        other = next(iter(old.values()))
+        other, kind = next(iter(old.values())), earlier.config["model_type"]
         raise InputError(
-            f"a {earlier.config['model_type']} of {other.num_experts} experts {other.width(0)} wide in {len(old)} layers",
+            f"a {kind} of {other.num_experts} experts {other.width(0)} wide in {len(old)} layers",
             where=str(earlier.folder),
             needed=f"an earlier checkpoint of {now.folder}",
         )
