@@ -27,7 +27,7 @@ from prismoe.train.experts import use_experts
 from prismoe.train.fit import check_fit, num_experts
 from prismoe.train.model import load_model
 
-__all__ = ["RoutingTrace", "check_mixture", "trace"]
+__all__ = ["Found", "RoutingTrace", "check_mixture", "read_text", "trace"]
 
 
 def trace(
@@ -97,7 +97,7 @@ def trace(
             for text in texts:
                 on_progress(f"trace: {text.name}", done, total)
                 found.append(
-                    _read(loaded, text, meter, size=sample_tokens, batch_size=batch_size, seed=seed, where=where)
+                    read_text(loaded, text, meter, size=sample_tokens, batch_size=batch_size, seed=seed, where=where)
                 )
                 done += len(text.spans_W2)
             on_progress("trace", done, total)
@@ -160,16 +160,23 @@ def _check_logits(model: Any, ids_BT: npt.NDArray[np.int64], device: torch.devic
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class Found:
+    """What was found in one text: its sums, and its part of the sample."""
+
     taken: Taken
     tokens_S: npt.NDArray[np.int32]
     experts_SLK: npt.NDArray[np.int16]
     weights_SLK: npt.NDArray[np.float32]
 
 
-def _read(
+def read_text(
     model: Any, text: TracedText, meter: RoutingMeter, *, size: int, batch_size: int, seed: int, where: str
-) -> _Found:
+) -> Found:
+    """Read one text; `where` names the model.
+
+    Raises:
+        NumericalError: a router or a layer's output is not finite.
+    """
     pieces = draw_pieces(text.spans_W2, size=size, name=text.name, seed=seed)
     by_window: dict[int, list[Piece]] = {}
     for piece in pieces:
@@ -196,11 +203,11 @@ def _read(
     if bad.any():
         layer = meter.layers[int(np.flatnonzero(bad)[0])]
         raise NumericalError(f"layer {layer} computes NaN or infinity on {text.name}", where=where)
-    return _Found(taken, *sample)
+    return Found(taken, *sample)
 
 
 def _assemble(
-    texts: Sequence[TracedText], found: Sequence[_Found], meter: RoutingMeter, facts: dict[str, Any]
+    texts: Sequence[TracedText], found: Sequence[Found], meter: RoutingMeter, facts: dict[str, Any]
 ) -> RoutingTrace:
     longest = max(len(part.tokens_S) for part in found)
 
