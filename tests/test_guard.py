@@ -41,7 +41,7 @@ LOOP = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{
         (
             "{% for m in messages %}{{ m['role'] + ':' }}{% generation %}{{ m['content'] }}{% endgeneration %}"
             "{{ eos_token }}{% endfor %}",
-            "marks 4 of 2 answers",
+            "the template marks 4 of 2 answers",
         ),
         (
             "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
@@ -110,6 +110,27 @@ def test_a_late_bomb_names_the_conversation() -> None:
             guard.render(TURNS, where="a.jsonl:9", prompt=True)
         with pytest.raises(InputError, match="the process of this template has ended"):
             guard.render(TURNS)
+
+
+def test_one_conversation_whose_answers_are_not_found_is_counted(tiny: PreTrainedTokenizerFast) -> None:
+    ask = "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    unmarked = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ 'A:' }}"
+        "{{ m.content.split('##')[0] + eos_token }}{% endif %}{% endfor %}" + ask
+    )
+    marked = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% elif '##' in m.content %}{{ m.content }}"
+        "{% else %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    odd = Conversation((TURNS[0], Message("assistant", "a##b")), "odd", 4)
+    for source, told in ((unmarked, "does not follow the generation prompt"), (marked, "marks 0 of 1 answers")):
+        tiny.chat_template = source
+        with open_template("model", tokenizer=tiny) as template:
+            good, bad = render_all([Conversation(TURNS, "good", 1), odd], template, max_len=99)
+            assert not isinstance(good, BadDocument)
+            assert isinstance(bad, BadDocument)
+            assert (bad.reason, bad.where) == ("answers not told from the rest", "odd:4")
+            assert told in bad.found
 
 
 def test_the_process_has_no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,9 @@ class Guard:
         """The text of a conversation and where its answers are; with `prompt` up to where the next answer begins.
 
         Raises:
-            BadDocument: the template refuses this conversation, in its own words.
-            InputError: the template broke a limit, or its answers cannot be told from the rest.
+            BadDocument: the template refuses this conversation, in its own words, or it has no generation marks and
+                the answers cannot be told from the rest.
+            InputError: the template broke a limit.
         """
         (found,) = self.render_all([(messages, where)], prompt=prompt)
         if isinstance(found, BadDocument):
@@ -139,6 +140,8 @@ class Guard:
         if found["fatal"]:
             self.close()
             raise InputError(told, where=self.where, hint=f"at {where}" if where else "")
+        if reason := found.get("reason"):
+            raise BadDocument(told, reason=reason, where=where)
         raise BadDocument(f"refused by the template ({told})", reason="refused by the template", where=where)
 
     def _line(self, where: str) -> bytes:

@@ -114,9 +114,10 @@ class ChatTemplate:
         where = f"template {self.name}"
         try:
             shown = self.guard.render(_PROBE)
+            if error := self._unmarked(shown, _PROBE, ""):
+                raise error
         except BadDocument as error:
             raise InputError(error.found, where=where) from error
-        self._check_spans(shown, _PROBE)
         ids_T, offsets_T2 = _arrays(self._tokenizer.encode(shown.text, add_special_tokens=False))
         starts = [int(number) == start_token for number in ids_T[:2]]
         if all(starts):
@@ -135,10 +136,12 @@ class ChatTemplate:
             )
         return ends.pop(), starts[0]
 
-    def _check_spans(self, shown: Shown, messages: Sequence[Message]) -> None:
+    def _unmarked(self, shown: Shown, messages: Sequence[Message], where: str) -> BadDocument | None:
         answers = sum(message.role == "assistant" for message in messages)
-        if len(shown.spans) != answers:
-            raise InputError(f"marks {len(shown.spans)} of {answers} answers", where=f"template {self.name}")
+        if len(shown.spans) == answers:
+            return None
+        found = f"the template marks {len(shown.spans)} of {answers} answers"
+        return BadDocument(found, reason="answers not told from the rest", where=where)
 
     def _control_token(self, messages: Sequence[Message], where: str) -> BadDocument | None:
         for turn, message in enumerate(messages, start=1):
@@ -167,7 +170,8 @@ class ChatTemplate:
             yield one if isinstance(one, BadDocument) else self._located(conversation, one, next(encodings))
 
     def _located(self, conversation: Conversation, shown: Shown, encoding: Any) -> Encoded | BadDocument:
-        self._check_spans(shown, conversation.messages)
+        if error := self._unmarked(shown, conversation.messages, conversation.where):
+            return error
         ids_T, offsets_T2 = _arrays(encoding)
         answers = []
         for span in shown.spans:
@@ -260,7 +264,7 @@ def render(conversation: Conversation, template: ChatTemplate, *, max_len: int) 
 
     Raises:
         BadDocument: nothing in it that could be learned; `reason` counts it.
-        InputError: the template broke a limit, or its answers cannot be told from the rest.
+        InputError: the template broke a limit.
     """
     (found,) = render_all([conversation], template, max_len=max_len)
     if isinstance(found, BadDocument):

@@ -1,7 +1,8 @@
 """The program of the guarded process (`tune.guard`): renders one stranger's template, within limits, and nothing else.
 
-It is run by its path, imports nothing of prismoe and speaks JSON lines: first the template, then lists of requests.
-Each gets a line.
+It is run by its path, imports nothing of prismoe and speaks JSON lines: it reads the template, then lists of requests,
+and writes a line for each.
+
 The language is what stock `transformers` gives a chat template: Jinja's immutable sandbox with loop controls, `tojson`,
 `raise_exception`, `strftime_now` and `{% generation %}` blocks. The clock stands still, so that a rendering depends on
 the text alone.
@@ -45,6 +46,10 @@ _EARLY = (
 
 class Unfit(Exception):
     """The template cannot be used at all, whatever the conversation."""
+
+
+class NotTold(Exception):
+    """The answers of this conversation cannot be told from the rest of its text."""
 
 
 class Generation(jinja2.ext.Extension):
@@ -130,9 +135,9 @@ def by_prefix(show: Callable[[int, bool], str], messages: list[Any], text: str) 
             continue
         begin, end = len(show(turn, True)), len(show(turn + 1, False))
         if show(turn, True) != text[:begin] or show(turn + 1, False) != text[:end] or begin >= end:
-            raise Unfit("no generation marks, and what it writes for a conversation's beginning is not how it begins")
+            raise NotTold("no generation marks, and what it writes for a conversation's beginning is not how it begins")
         if not text[begin:end].lstrip().startswith(message["content"].strip()):
-            raise Unfit("no generation marks, and the answer's text does not follow the generation prompt")
+            raise NotTold("no generation marks, and the answer's text does not follow the generation prompt")
         spans.append((begin, end))
     return spans
 
@@ -178,6 +183,8 @@ def attempt(work: Callable[[], Any]) -> Any:
         return {"error": "recursion without an end", "fatal": True}
     except Unfit as error:
         return {"error": str(error), "fatal": True}
+    except NotTold as error:
+        return {"error": str(error), "fatal": False, "reason": "answers not told from the rest"}
     except SecurityError as error:
         return {"error": f"forbidden in a template ({error})", "fatal": True}
     except jinja2.TemplateSyntaxError as error:
