@@ -84,6 +84,22 @@ def test_an_untrained_mixture_is_its_parent_again(tmp_path: Path, case: str) -> 
     assert (tmp_path / "dense/tokenizer.json").read_bytes() == (parent / "tokenizer.json").read_bytes()
 
 
+def test_a_real_mixture_is_its_parent_again(tmp_path: Path, shared: Path) -> None:
+    """stories260K in eight experts beside a shared one; without the plan its FFN has the parent's neurons reordered."""
+    parent = shared / "models/stories260K"
+    convert(parent, make_plan(parent, num_experts=8, shared=4), target="granitemoeshared", out=tmp_path / "moe")
+    densify(tmp_path / "moe", out=tmp_path / "dense")
+    own, found = bits(parent), bits(tmp_path / "dense")
+    assert {name: found[name] for name in own} == own
+    (tmp_path / "moe/moe.plan").unlink()
+    densify(tmp_path / "moe", out=tmp_path / "stored", scale=4.0)
+    for layer in range(5):
+        pair = [Checkpoint.open(folder).ffn(layer) for folder in (parent, tmp_path / "stored")]
+        neurons = [np.concatenate([ffn.gate_FD, ffn.up_FD, ffn.down_DF.T], axis=1) for ffn in pair]
+        rows = [part[np.lexsort(part.T)] for part in neurons]
+        assert np.array_equal(rows[0], rows[1])
+
+
 def test_a_scale_that_is_no_power_of_two_is_undone_to_one_rounding(tmp_path: Path) -> None:
     parent = tiny_dense(tmp_path / "parent")
     convert(parent, make_plan(parent, num_experts=6, top_k=3, scale=1.7), out=tmp_path / "moe")
