@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
@@ -14,10 +15,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pytest
+from PIL import Image
 
 from prismoe.errors import InputError
 from prismoe.report import write_report
-from prismoe.report.drawing import png, svg
+from prismoe.report.drawing import draw
 from prismoe.report.page import Figure, Findings, Panel, Section
 from prismoe.report.sections import balance, certificate
 from prismoe.report.style import COLOURS, HEAT, LEVELS, MARKERS, thinned
@@ -70,7 +72,17 @@ def test_every_part_is_there_with_the_numbers_of_the_receipts(text: str) -> None
     wanted += [row["sha256"] for row in receipts["convert"]["files"].values()]
     wanted += [f"{receipts['plan']['account']['total_parameters']:,}"]
     assert [word for word in wanted if word not in page.words] == []
-    assert text.count("<svg") == 1 + 6 + 2 + 4 + 1  # scores, training, load before and after, balance, norms
+    figures = set(re.findall(r'href="figures/(\w+)\.png"', text))
+    assert figures >= {
+        "scores",
+        "training_loss",
+        "heldout_loss",
+        "learning_rate",
+        "gradient_norm",
+        "load",
+        "norm_ratios",
+    }
+    assert text.count("<svg") == text.count('<div role="img"') >= len(figures)
 
 
 def test_it_is_well_formed_and_every_id_is_one(text: str) -> None:
@@ -127,7 +139,7 @@ def test_a_report_of_a_run_that_is_not_finished(tmp_path: Path) -> None:
 
 
 def drawn(figure: Figure) -> str:
-    return "".join(svg(panel, name=f"{figure.name}-{index}") for index, panel in enumerate(figure.panels))
+    return "".join(draw(figure).svgs)
 
 
 def figure_of(section: Section | None, name: str) -> Figure:
@@ -151,7 +163,7 @@ def test_figures_draw_what_they_are_given(tmp_path: Path) -> None:
     assert drawn(load) == drawn(load)
     layers = {name: float(y) for y, name in re.findall(r'<text[^>]*y="([\d.]+)"[^>]*>([01])</text>', drawn(load))}
     assert layers["0"] < layers["1"]  # the first layer is at the top
-    assert "0.80 to 1.20 times the mean" in load.panels[0].shows
+    assert "0.80 to 1.20 × the mean" in load.panels[0].shows
     rows = [{"layer": 0, "kind": "partition", "norm_ratio": 0.5}, {"layer": 1, "kind": "dense"}]
     receipt = {"checks": [], "layers": rows, "num_tokens": 1, "input": "text", "passed": True}
     receipt["checks"] = [{"name": "plan", "passed": True, "measured": 0.0, "limit": None, "meaning": "", "where": ""}]
@@ -183,7 +195,13 @@ def test_pictures_for_slides_have_the_size_that_is_stated(text: str) -> None:
         assert stated[name] == f"{width} × {height}"
         assert min(width, height) >= 450  # 200 dots an inch, at least 2.4 inches
     small = Figure("two", "Two panels", [Panel(lambda axes: axes.plot([1, 2]), "a line")] * 2)
-    assert struct.unpack(">II", png(small)[16:24]) == (2 * 960, 670)  # 4.8 and 3.0 inches, and a line of words
+    picture = draw(small)
+    assert struct.unpack(">II", picture.png[16:24]) == (picture.width, picture.height) == (2 * 960, 670)  # 4.8 × 3.0 in
+    pixels = np.asarray(Image.open(io.BytesIO(picture.png)))
+    assert (pixels[[0, -1, 70], :] == 255).all()  # white around
+    halves = [pixels[70:, side : side + 960] for side in (0, 960)]
+    assert (halves[0] == halves[1]).all()  # equal panels beside each other
+    assert halves[0].min() < 128
 
 
 def luminance(colour: str) -> float:

@@ -15,7 +15,6 @@ from prismoe.errors import InputError, ResourceError
 from prismoe.folder import write_atomic
 from prismoe.report.headline import numbers
 from prismoe.report.page import Figure, Findings, Section
-from prismoe.report.pictures import write_pictures
 from prismoe.state import read_state
 from prismoe.views import summary
 
@@ -45,7 +44,8 @@ def write_report(run_folder: str | Path) -> Path:
         raise InputError("no finished plan", where=str(folder), needed="a run folder", hint="prismoe run CONFIG")
     import jinja2
 
-    from prismoe.report.drawing import svg
+    from prismoe.report.drawing import draw
+    from prismoe.report.pictures import write_pictures
 
     found = Findings(
         folder,
@@ -54,11 +54,8 @@ def write_report(run_folder: str | Path) -> Path:
     )
     sections = _sections(found)
     figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
-    drawn = {
-        figure.name: [svg(panel, name=f"{figure.name}-{index}") for index, panel in enumerate(figure.panels)]
-        for figure in figures
-    }
-    sections += [pictures] if (pictures := write_pictures(folder, figures)) else []
+    drawn = {figure: draw(figure) for figure in figures}
+    sections += [pictures] if (pictures := write_pictures(folder, drawn)) else []
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         files("prismoe.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
@@ -68,7 +65,7 @@ def write_report(run_folder: str | Path) -> Path:
         subtitle=summary("plan", plan),
         numbers=numbers(found),
         sections=sections,
-        drawn=drawn,
+        drawn={figure.name: picture.svgs for figure, picture in drawn.items()},
     )
     path = folder / NAME
     write_atomic(path, text.encode())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from prismoe.routing.record import RoutingTrace
 
-__all__ = ["Code", "Figure", "Findings", "Links", "Panel", "Section", "Table", "Text"]
+__all__ = ["Code", "Figure", "Findings", "Links", "Panel", "Quote", "Section", "Table", "Text"]
 
 WIDTH, HEIGHT = 4.8, 3.0  # of a panel, inches: narrow, so that letters stay readable on a phone
 
@@ -30,11 +30,20 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Quote:
+    """A word in its surroundings, for a cell of a table."""
+
+    before: str
+    word: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Table:
     """`left` are the columns of text; the first column is the head of its row."""
 
     heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Quote]]
     left: Sequence[int] = ()
     caption: str = ""
     kind: str = field(default="table", init=False)
@@ -58,16 +67,19 @@ class Links:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `shows` is what somebody is told who cannot see it."""
+    """One pair of axes, inches. `shows` is what somebody is told who cannot see it. `margins` left, right, below and
+    above the axes are found by measuring every word where they are not given, which takes longer than drawing.
+    """
 
     draw: Callable[[Axes], None]
     shows: str
     title: str = ""
     width: float = WIDTH
     height: float = HEIGHT
+    margins: tuple[float, float, float, float] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Figure:
     """Panels under one caption; `about` says what exactly is shown. `name` is also that of its PNG file."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from prismoe.errors import ResourceError
 from prismoe.folder import write_atomic
+from prismoe.report.drawing import DPI, Drawn
 from prismoe.report.page import Figure, Links, Section, Text
 
 __all__ = ["FOLDER", "write_pictures"]
@@ -15,27 +15,23 @@ __all__ = ["FOLDER", "write_pictures"]
 FOLDER = "figures"
 
 
-def write_pictures(run_folder: Path, figures: Sequence[Figure]) -> Section | None:
+def write_pictures(run_folder: Path, drawn: Mapping[Figure, Drawn]) -> Section | None:
     """Write RUN/figures/NAME.png for every figure, and list them.
 
     Raises:
         ResourceError: the folder cannot be written.
     """
-    from prismoe.report.drawing import DPI, png
-
-    folder = run_folder / FOLDER
-    if not figures and not folder.is_dir():
+    if not drawn:
         return None
+    folder = run_folder / FOLDER
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ResourceError(f"cannot make the folder: {error.strerror}", where=str(folder)) from error
     places = []
-    for figure in figures:
-        data = png(figure)
+    for figure, picture in drawn.items():
         path = folder / f"{figure.name}.png"
-        write_atomic(path, data)
-        width, height = struct.unpack(">II", data[16:24])  # where every PNG has them
-        places.append((f"{figure.caption} ({width} × {height})", f"{FOLDER}/{path.name}"))
+        write_atomic(path, picture.png)
+        places.append((f"{figure.caption} ({picture.width} × {picture.height})", f"{FOLDER}/{path.name}"))
     words = f"Every figure of this page as a PNG file, {DPI} dots an inch on white."
-    return Section("pictures", "Figures for slides", [Text(words), Links(places)]) if places else None
+    return Section("pictures", "Figures for slides", [Text(words), Links(places)])

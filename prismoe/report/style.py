@@ -113,8 +113,10 @@ def reference_line(axes: Axes, value: float) -> None:
     axes.axhline(value, color=GREY, linewidth=1.0, linestyle="--")
 
 
-def legend_above(axes: Axes, *, columns: int = 3) -> None:
+def legend_above(axes: Axes) -> None:
     """The legend over the axes, where it covers no data."""
+    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
+    columns = 4 if longest < 8 else 3 if longest < 14 else 2
     axes.legend(
         ncols=columns,
         loc="lower left",
@@ -150,7 +152,12 @@ def heat_map(axes: Axes, grid: Any, *, top: float, label: str, low: float = 0.0)
     axes.grid(visible=False)
     axes.set(xlim=(0, grid.shape[1]), ylim=(grid.shape[0], 0))
     scale = ScalarMappable(Normalize(low, low + span), colours)
-    axes.figure.colorbar(scale, ax=axes, pad=0.02, aspect=30).set_label(label)
+    wide, high = (
+        axes.get_position().width * axes.figure.bbox.width,
+        axes.get_position().height * axes.figure.bbox.height,
+    )
+    bar = axes.inset_axes((1.0 + 0.015 * high / wide, 0.0, 0.05 * high / wide, 1.0))
+    axes.figure.colorbar(scale, cax=bar).set_label(label)
 
 
 def name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str], *, upright: bool = False) -> None:
@@ -168,7 +175,8 @@ def number_cells(axes: Axes, grid: Any, *, top: float, text: Any = None, form: s
     numbers = grid if text is None else text
     for place in _places(grid.shape):
         colour = "white" if grid[place] < 0.55 * top else "black"
-        at: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "color": colour}
+        # Inside its cell it cannot push anything, and measuring hundreds of them takes longer than drawing them.
+        at: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "color": colour, "in_layout": False}
         axes.text(place[1] + 0.5, place[0] + 0.5, format(numbers[place], form), **at)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prismoe.report.heat import heat_panel
 from prismoe.report.page import Block, Figure, Findings, Panel, Section, Text
-from prismoe.report.style import COLOURS, heat_map, name_cells, number_cells, reference_line, thinned
+from prismoe.report.style import COLOURS, reference_line, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +35,16 @@ def section(found: Findings) -> Section | None:
     top = max(2.0, *(float(grid.max()) for grid in grids))
     layers, experts = grids[0].shape
     panels = [
-        Panel(
-            partial(_load, grid=grid, top=top),
-            f"Load by layer and expert at step {row['step']}: {grid.min():.2f} to {grid.max():.2f} times the mean",
+        heat_panel(
+            grid,
+            columns=[str(expert) for expert in range(experts)],
+            rows=[str(layer) for layer in range(layers)],
+            top=top,
+            label="load / mean load",
+            shows=f"Load by layer and expert at step {row['step']}: {grid.min():.2f} to {grid.max():.2f} × the mean",
             title=f"step {row['step']}",
-            width=min(4.8, max(3.0, 1.6 + 0.3 * experts)),
-            height=1.3 + min(max(0.3 * layers, 1.2), 5.0),
+            axes=("expert", "layer"),
+            cell=(0.26, 0.19),
         )
         for row, grid in zip(chosen, grids, strict=True)
     ]
@@ -64,15 +69,6 @@ def section(found: Findings) -> Section | None:
             Text(f"At the end {idle} of {layers * experts} experts had no token of held-out text.", look="bad")
         )
     return Section("balance", "Balance while training", blocks)
-
-
-def _load(axes: Axes, *, grid: Any, top: float) -> None:
-    heat_map(axes, grid, top=top, label="load / mean load")
-    layers, experts = grid.shape
-    name_cells(axes, [str(expert) for expert in range(experts)], [str(layer) for layer in range(layers)])
-    if experts <= 8 and layers <= 16:
-        number_cells(axes, grid, top=top)
-    axes.set(xlabel="expert", ylabel="layer")
 
 
 def _busiest(axes: Axes, *, steps: Lines) -> None:
