@@ -140,7 +140,7 @@ def test_a_run_folder_can_be_named_instead_of_its_config(capsys: pytest.CaptureF
     assert " ".join(["stories", *numbers]) in lines
     assert main(["run", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("(finished before)") == 7
+    assert shown.count("(finished before)") == 8
 
 
 def test_show_knows_what_it_looks_at(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

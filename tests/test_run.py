@@ -16,7 +16,7 @@ from prismoe.run import Done, run
 from prismoe.state import read_state
 from tests.runs import config, copy_of, finished, workplace
 
-STAGES = ("plan", "convert", "verify", "prepare", "pretrain", "eval", "report")
+STAGES = ("plan", "convert", "verify", "prepare", "pretrain", "eval", "trace", "report")
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -40,6 +40,7 @@ def test_a_run_makes_every_stage_in_order() -> None:
         "run.json",
         "run.yaml",
         "scores.json",
+        "trace",
         "train",
     }
     assert {path.name for path in (folder / "run" / "data").iterdir()} == {"stories", "code"}
@@ -109,7 +110,7 @@ def test_force_makes_again_only_what_changed(tmp_path: Path) -> None:
     out = copy_of(tmp_path)
     states = {done.stage: done.state for done in run(config("pretrain.steps=8", out=out), force=True).stages}
     kept = {"plan": "kept", "convert": "kept", "verify": "kept", "prepare": "kept"}
-    assert states == {**kept, "pretrain": "made", "eval": "made", "report": "made"}
+    assert states == {**kept, "pretrain": "made", "eval": "made", "trace": "made", "report": "made"}
     assert read_state(out)["pretrain"]["receipt"]["steps"] == 8
 
 
