@@ -15,6 +15,7 @@ from prismoe.train.routers import Router
 from prismoe.train.routing import LoadMeter
 from prismoe.train.scoring import TextLoss, token_losses
 from prismoe.tune.render import Rendered
+from prismoe.tune.watch import check_run
 
 __all__ = ["heldout_losses", "laid_out"]
 
@@ -65,6 +66,7 @@ def heldout_losses(
             labels = batch.pop("labels")
             with autocast():
                 loss_T = token_losses(model(**batch, use_cache=False).logits, labels)[0].double()
+            check_run(routers)
             meter.add()
             ends = np.cumsum([len(row.input_ids_T) for row in group])
             # loss_T[t] is that of token t + 1, and the first one of each conversation is not scored.

@@ -33,7 +33,7 @@ from prismoe.train.routing import GradientGuard, LoadMeter
 from prismoe.train.stopping import StopRequest
 from prismoe.tune.rows import Rows
 from prismoe.tune.settings import TuneConfig
-from prismoe.tune.watch import Role, Roles
+from prismoe.tune.watch import Role, Roles, check_run
 
 __all__ = ["Seen", "Tuner", "Work", "make_trainer", "read_state"]
 
@@ -104,19 +104,12 @@ class Tuner(SFTTrainer):  # type: ignore[misc]
         self._nats += loss.detach().double() * float(num_items_in_batch)
         self._scored += scored
         if work.routers:
-            self._check_run()
+            check_run(work.routers)
             router_loss = work.policy.loss() * (scored / num_items_in_batch)
             self._router_loss += router_loss.detach()
             self._meter.add()
             loss = loss + router_loss
         return loss
-
-    def _check_run(self) -> None:
-        """A router that was replaced or wrapped would be watched in vain, and its balance loss be that of nobody."""
-        if silent := [router.name for router in self.work.routers if not router.has_run]:
-            raise NumericalError(
-                "the forward pass does not run this router", where=silent[0], needed="a router that is watched"
-            )
 
     def _begin(self, step: int) -> None:
         device = self.args.device
@@ -240,7 +233,8 @@ class Tuner(SFTTrainer):  # type: ignore[misc]
         if found is not None:
             state = read_state(found)
             self.resumed_from = int(state["step"])
-            write_atomic(found / _TRAINER_STATE, json.dumps({"global_step": self.resumed_from}).encode())
+            known = {"global_step": self.resumed_from, "train_batch_size": self.args.train_batch_size}
+            write_atomic(found / _TRAINER_STATE, json.dumps(known).encode())
         with quiet_libraries():
             self.train(resume_from_checkpoint=None if found is None else str(found))
 

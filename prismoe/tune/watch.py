@@ -15,7 +15,7 @@ import torch
 from prismoe.errors import NumericalError
 from prismoe.train.routers import Router
 
-__all__ = ["Role", "Roles", "expert_modules", "role_of_module"]
+__all__ = ["EXPERTS", "Role", "Roles", "check_run", "expert_modules", "role_of_module"]
 
 _ZERO = 1e-12  # of the whole gradient: below it is rounding
 
@@ -58,6 +58,18 @@ def role_of_module(name: str) -> str:
     if any("attn" in word or "attention" in word for word in words):
         return "attention"
     return "dense FFN" if any(word in ("mlp", "feed_forward") for word in words) else "other"
+
+
+def check_run(routers: Sequence[Router]) -> None:
+    """Refuse a router that the latest forward pass went past: it is watched in vain, its balance loss is nobody's.
+
+    Raises:
+        NumericalError: which one.
+    """
+    if silent := [router.name for router in routers if not router.has_run]:
+        raise NumericalError(
+            "the forward pass does not run this router", where=silent[0], needed="a router that is watched"
+        )
 
 
 class Roles:
