@@ -95,9 +95,9 @@ def item_text(row: Mapping[str, Any]) -> str:
             return str(row[name])
     asked = [row[name] for name in QUESTION if isinstance(row.get(name), str) and row[name].strip()]
     answer = _answer(row) if asked else ""
-    blank = [text for text in asked if answer and "_" in text]
-    if blank and "sentence" in row:  # WinoGrande: the answer belongs where the blank is
-        return str(row["sentence"]).replace("_", answer)
+    sentence = row.get("sentence")
+    if isinstance(sentence, str) and answer and "_" in sentence:  # WinoGrande: the answer belongs where the blank is
+        return sentence.replace("_", answer)
     return " ".join([*asked, answer]).strip()
 
 

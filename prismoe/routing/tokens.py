@@ -96,7 +96,7 @@ def favourite_tokens(
                         layer=layer,
                         expert=expert,
                         token=token,
-                        text=visible(whole.id_to_token(token)) if read in ("", BROKEN) else read,
+                        text=visible(whole.id_to_token(token)) if not read or BROKEN in read else read,
                         lift=float(lift_V[v]),
                         count=int(counts_V[v]),
                         chosen=int(chosen_V[v]),
