@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prismoe.data.sift import Sifted, sift
     from prismoe.densify import Densified, densify
     from prismoe.errors import InputError, InterruptedRun, NumericalError, PrismoeError, ResourceError, UsageError
-    from prismoe.evaluate import Scores, evaluate
+    from prismoe.evaluate import Control, Scores, evaluate, static_control
     from prismoe.importing import Imported, import_checkpoint
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
     from prismoe.reference import reference_loss
@@ -53,6 +53,7 @@ __all__ = [
     "Certificate",
     "Checkpoint",
     "Config",
+    "Control",
     "Conversion",
     "Densified",
     "Domain",
@@ -96,6 +97,7 @@ __all__ = [
     "run",
     "sift",
     "similarity",
+    "static_control",
     "trace",
     "train_filter",
     "tune",
@@ -119,7 +121,7 @@ _HOMES = {
     "data.sift": ("Sifted", "sift"),
     "densify": ("Densified", "densify"),
     "errors": ("InputError", "InterruptedRun", "NumericalError", "PrismoeError", "ResourceError", "UsageError"),
-    "evaluate": ("Scores", "evaluate"),
+    "evaluate": ("Control", "Scores", "evaluate", "static_control"),
     "importing": ("Imported", "import_checkpoint"),
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
     "reference": ("reference_loss",),

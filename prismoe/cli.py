@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.verbs import experts, filters, folders, machine, mixing, routing, show, stages
+from prismoe.verbs import experts, filters, folders, machine, mixing, routing, show, stages, tuning
 from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb(stages.prepare, "turn the text of each domain into tokens", ("data",)),
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),
-    "eval": Verb(stages.stages, "perplexity and bits per byte: dense, step 0, trained", ("eval", "data")),
+    "tune": Verb(tuning.tune, "instruction-tune a model folder on conversations", ("tune",)),
+    "eval": Verb(stages.stages, "held-out text and benchmarks, several models side by side", ("eval", "data")),
     "trace": Verb(
         routing.trace, "what the routers do with each domain, of a run or of MODEL DATA", ("trace", "data"), dry=False
     ),
@@ -112,7 +113,7 @@ options:
   --compare A B  with plan: how far two plan files agree
   --part I/N   with prepare: only the I-th of N shares of the work, then once without it; a Slurm array of 64:
                sbatch --array=1-64 --wrap 'prismoe prepare CONFIG.yaml --part $SLURM_ARRAY_TASK_ID/64'
-  --max-steps N  with pretrain or run: train N steps at most in this command, saved; the same command continues
+  --max-steps N  with pretrain, run or tune: train N steps at most in this command, saved; the same command continues
   --json       one JSON object on stdout, nothing else
   --debug      the traceback of an error
   --version    version
@@ -157,8 +158,8 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--dry-run with {flags.verb}", needed="a verb with something to check before its work")
     if flags.part is not None and flags.verb not in ("prepare", None):
         raise UsageError(f"--part with {flags.verb}", needed="prismoe prepare CONFIG.yaml --part I/N")
-    if flags.max_steps is not None and flags.verb not in ("pretrain", "run", None):
-        raise UsageError(f"--max-steps with {flags.verb}", needed="prismoe pretrain or prismoe run")
+    if flags.max_steps is not None and flags.verb not in ("pretrain", "run", "tune", None):
+        raise UsageError(f"--max-steps with {flags.verb}", needed="prismoe pretrain, run or tune")
     return flags
 
 

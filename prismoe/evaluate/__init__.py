@@ -112,7 +112,8 @@ def evaluate(
     for checkpoint in checkpoints.values():
         if not checkpoint.has_weights:
             raise InputError("no weights", where=str(checkpoint.folder), needed="model.safetensors")
-        check_fit(checkpoint, opened.values(), seq_len=seq_len)
+        if opened:
+            check_fit(checkpoint, opened.values(), seq_len=seq_len)
         if wanted:
             check_tokenizer(checkpoint)
     kept = Kept(keep)
@@ -161,11 +162,14 @@ def evaluate(
 
 
 def _truncated(found: Mapping[str, Sequence[TaskResult]]) -> Iterator[str]:
-    """Prompts that a model could not read whole: its score is not that of the protocol."""
+    """Prompts that a model could not read whole: its score is not that of the protocol. Alike models share a line."""
+    told: dict[str, list[str]] = {}
     for name, results in found.items():
-        if cut := [one for one in results if one.num_truncated]:
-            counts = ", ".join(f"{one.task} {one.num_truncated:,} of {one.num_requests:,}" for one in cut)
-            yield f"{name}: prompts longer than its context lost their beginning: {counts}"
+        cut = [f"{one.task} {one.num_truncated:,} of {one.num_requests:,}" for one in results if one.num_truncated]
+        if cut:
+            told.setdefault(", ".join(cut), []).append(name)
+    for counts, names in told.items():
+        yield f"{', '.join(names)}: prompts longer than the context lost their beginning: {counts}"
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -85,8 +85,9 @@ def _no_better_than_guessing(rows: Sequence[TaskScore]) -> list[str]:
     for name in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == name and row.task != AVERAGE and row.chance is not None]
         if guessed := [row.task for row in own if not row.above_chance]:
-            some = f"{len(guessed)} of {len(own)} tasks" if len(own) > 1 else "the task"
-            sentences.append(f"{name} is not above chance on {some}: {', '.join(guessed)}.")
+            which = f"{len(guessed)} of {len(own)} tasks: {', '.join(guessed)}"
+            which = guessed[0] if len(own) == 1 else f"any of {len(own)} tasks" if len(guessed) == len(own) else which
+            sentences.append(f"{name} is not above chance on {which}.")
     return sentences
 
 
