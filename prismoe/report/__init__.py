@@ -13,6 +13,7 @@ from pathlib import Path
 from prismoe import registry
 from prismoe.errors import InputError, ResourceError
 from prismoe.folder import write_atomic
+from prismoe.report.card import write_cards
 from prismoe.report.headline import numbers
 from prismoe.report.page import Figure, Findings, Section
 from prismoe.state import read_state
@@ -30,7 +31,8 @@ def can_report() -> bool:
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Write `report.html` into a run folder from what its finished stages left there, and its figures as PNG files.
+    """Write `report.html` into a run folder from what its finished stages left there, its figures as PNG files,
+    and a model card (README.md) into each finished model folder.
 
     Raises:
         InputError: not a run folder, or a damaged trace.
@@ -69,6 +71,7 @@ def write_report(run_folder: str | Path) -> Path:
     )
     path = folder / NAME
     write_atomic(path, text.encode())
+    write_cards(found)
     return path
 
 

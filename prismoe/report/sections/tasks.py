@@ -43,7 +43,7 @@ def section(found: Findings) -> Section | None:
     )
     about = (
         "Bars are one standard error over questions, the grey line is blind guessing. A difference is called "
-        "significant when a paired test over the same questions says so after Holm's correction for all tests of the table (5 %)."
+        "significant when a paired test over the same questions says so, with Holm's correction (5 %)."
     )
     blocks.append(Figure("tasks", "Benchmark tasks", [panel], about))
     return Section("tasks", "Benchmark scores", [*blocks, *tables])
