@@ -125,8 +125,8 @@ def test_gradients_of_a_step_are_those_of_the_formula(source, data, tmp_path):
 
 
 def test_a_packed_conversation_gets_the_loss_that_it_has_alone(source, data):
-    from trl.trainer.utils import add_fused_lm_head
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from trl.trainer.utils import add_fused_lm_head
 
     packed = read(source, tiny_config(data, packing=True))
     rows = [packed.dataset[number] for number in range(2)]

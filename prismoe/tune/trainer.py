@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Work:
     routers: list[Router]
     policy: Policy
     roles: Roles
+    autocast: Callable[[], AbstractContextManager[Any]]
     trained_roles: list[str]
     balances: bool
     log: MetricsLog
@@ -99,7 +100,8 @@ class Tuner(SFTTrainer):  # type: ignore[misc]
         numbers_T = torch.arange(ids.numel(), device=ids.device) + self._offset
         self._offset += ids.numel()
         work.policy.begin(Moment(work.config.seed, step, numbers_T, ids.shape[-1]))
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with work.autocast():
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         scored = (labels[..., 1:] != -100).sum()
         self._nats += loss.detach().double() * float(num_items_in_batch)
         self._scored += scored
@@ -223,8 +225,8 @@ class Tuner(SFTTrainer):  # type: ignore[misc]
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
-        assert self.optimizer is not None
-        found: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer: Any = self.optimizer
+        found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         return found
 
     def run(self) -> None:
@@ -292,7 +294,7 @@ def make_trainer(model: Any, work: Work, rows: Rows, tokenizer: Any) -> Tuner:
             warmup_steps=math.ceil(config.warmup_ratio * rows.steps),
             weight_decay=config.weight_decay,
             max_grad_norm=config.clip,
-            bf16=config.precision == "bf16",
+            bf16=False,  # autocast is ours: the same around training and held-out losses
             use_cpu=work.engine.device.type == "cpu",
             activation_checkpointing=False,  # `recompute` was put on the model
             router_aux_loss_coef=0.0,

@@ -177,6 +177,7 @@ class _Run:
             routers=routers,
             policy=policy,
             roles=roles,
+            autocast=self._autocast(),
             trained_roles=moved,
             balances=bool(routers) and _balances(config),
             log=log,
