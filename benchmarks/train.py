@@ -4,6 +4,7 @@
     python benchmarks/train.py --only step       # P14
     python benchmarks/train.py --only loop       # over forward, backward and AdamW alone, and the wait for data
     python benchmarks/train.py --only save       # how long training stands still for a checkpoint
+    python benchmarks/train.py --only head       # memory and time of the loss, whole and in parts
     python benchmarks/train.py --only runtime    # P17
 
 CPU seconds of this process, the least of the repetitions, which go round all sides in turn. "stock" is transformers
@@ -55,7 +56,7 @@ def step(times: int) -> None:
     """P14: some steps of the 24 M model, stock and ours side by side from the same weights on the same batches."""
     from transformers import MixtralForCausalLM
 
-    from prismoe.train.head import token_losses
+    from prismoe.train.head import text_loss
     from prismoe.train.settings import PretrainConfig
     from prismoe.train.updates import adamw
 
@@ -83,10 +84,8 @@ def step(times: int) -> None:
                     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                         if side == "stock":
                             loss = model(input_ids=ids_BT, labels=ids_BT).loss
-                        else:
-                            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-                            loss = token_losses(logits_BTV, ids_BT).mean()
-                            del logits_BTV
+                        else:  # as the trainer does it: here for 512 tokens at a time
+                            loss, _ = text_loss(model, ids_BT, ids_BT, num_tokens=8 * 255)
                     loss.backward()
                     before = time.process_time()
                     optimizers[side].step()
@@ -243,6 +242,43 @@ def save(times: int) -> None:
     print(", ".join(shown), f"; {min(found['written']) / min(found['copied']):.1f} x", flush=True)
 
 
+HEAD = """
+import re, sys, time
+from pathlib import Path
+import torch
+from prismoe.train import logits
+from prismoe.train.head import head_factor, text_loss
+from prismoe.train.runtime import runtime
+from transformers import LlamaConfig, LlamaForCausalLM
+vocab, hidden, tokens, largest = map(int, sys.argv[1:])
+logits.LARGEST = largest
+sizes = {"hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": vocab}
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=False))
+ids = torch.randint(0, vocab, (8, tokens // 8))
+head_factor(model)
+def most():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+torch.set_num_threads(1)
+with runtime(fast_matmul=True):
+    Path("/proc/self/clear_refs").write_text("5")
+    before, begin = most(), time.process_time()
+    text_loss(model, ids, ids, num_tokens=tokens)[0].backward()
+    print((most() - before) / 1e3, time.process_time() - begin)
+"""
+
+
+def head(_: int) -> None:
+    """One pass of a model that is all output matrix, each in a process of its own: most memory beyond the weights."""
+    for vocab, hidden in ((32_000, 512), (128_256, 512)):
+        found = {}
+        for side, largest in (("whole", 1 << 40), ("in parts", 1 << 25)):
+            command = [sys.executable, "-c", HEAD, str(vocab), str(hidden), "2048", str(largest)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            found[side] = tuple(map(float, said))
+        shown = ", ".join(f"{side} {memory:.0f} MB and {1e3 * s:.0f} ms" for side, (memory, s) in found.items())
+        print(f"loss of 2048 tokens, {vocab} words of {hidden} (load {os.getloadavg()[0]:.1f}): {shown}", flush=True)
+
+
 UNTOUCHED = """
 import torch
 before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
@@ -271,6 +307,7 @@ def main() -> None:
         "step": step,
         "loop": loop,
         "save": save,
+        "head": head,
     }
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--times", type=int, default=20, help="steps of each side")

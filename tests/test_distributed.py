@@ -65,6 +65,7 @@ def two(ground):
         job(ground, "two-then-one", NOISY, stop_at=3),  # saved in the midst of one
         job(ground, "one-then-two", NOISY),
         job(ground, "online-2", NOISY, **online),
+        job(ground, "random-2", {**SWITCH, "init": "random"}),
         job(ground, "parts-2", NOISY, rows=50),
         job(ground, "full-2", {**SWITCH, "save_every": 2}, full_at=3),
         job(ground, "dies-2", {**SWITCH, "save_every": 2}, die_at=4),
@@ -165,6 +166,12 @@ def test_a_full_disk_of_one_rank_ends_all_of_them_and_the_run_goes_on(two):
     trained = pretrain(two / "moe", PretrainConfig(**SWITCH, save_every=2), domains=domains, out=two / "full-2")
     assert trained.resumed_from == 2
     assert_alike(two / "switch-1", two / "full-2", rel=1e-5)
+
+
+def test_weights_that_are_drawn_are_the_same_for_any_number_of_processes(two):
+    config = PretrainConfig(**{**SWITCH, "init": "random"})
+    pretrain(two / "moe", config, domains=[two / "a", two / "b"], out=two / "random-1")
+    assert_alike(two / "random-1", two / "random-2", rel=1e-6)
 
 
 def test_the_loss_in_parts_is_that_of_a_sharded_model_too(two):

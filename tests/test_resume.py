@@ -201,6 +201,21 @@ def test_a_setting_that_a_later_version_added_is_no_change_while_it_has_its_defa
     assert _as_recorded(tmp_path / "absent", now()) == now()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_an_argument_that_a_policy_got_later_is_no_change_while_it_has_its_default(tmp_path, several):
+    def job(coefficient, **later):
+        own = {"coefficient": coefficient, **later}
+        router = ["noisy_topk", "z_loss"] if several else "noisy_topk"
+        arguments = {"noisy_topk": own, "z_loss": {"coefficient": 1e-3}} if several else own
+        return {"pretrain": {"router": router, "arguments": arguments, "mixing": "static", "mixing_arguments": {}}}
+
+    begun, path = job(1e-2), tmp_path / "settings.json"
+    path.write_text(json.dumps(begun))
+    assert _as_recorded(path, job(1e-2, compat=False)) == begun
+    for other in (job(1e-2, compat=True), job(2e-2, compat=False)):
+        assert _as_recorded(path, other) == other
+
+
 def test_a_damaged_checkpoint_is_an_error_and_not_a_start_from_zero(tmp_path, source, domains):
     out = tmp_path / "out"
     with pytest.raises(InterruptedRun):

@@ -12,7 +12,7 @@ import yaml
 from prismoe.config import load_config
 from prismoe.errors import InputError, ResourceError, UsageError
 from prismoe.reference import find_domains, reference_loss
-from prismoe.run import Done, run
+from prismoe.run import Done, _yaml, run
 from prismoe.state import read_state
 from tests.runs import config, copy_of, finished, workplace
 
@@ -199,3 +199,10 @@ def test_a_damaged_state_is_an_input_error(tmp_path: Path) -> None:
     (out / "run.json").write_text(json.dumps({"plan": {"key": "x"}}))
     with pytest.raises(InputError, match=r"run\.json: not a readable run state"):
         run(config(out=out))
+
+
+def test_where_a_command_stops_is_not_kept(tmp_path: Path) -> None:
+    """`--max-steps` is of one command: the run folder alone goes on to the end."""
+    written = tmp_path / "run.yaml"
+    written.write_bytes(_yaml(config("pretrain.max_steps=2")))
+    assert load_config(written).pretrain == config().pretrain

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -267,5 +267,7 @@ def _difference(before: Mapping[str, Any], name: str, config: Config) -> str:
 def _yaml(config: Config) -> bytes:
     import yaml
 
+    if config.pretrain is not None:  # where one command stopped describes no run
+        config = replace(config, pretrain=replace(config.pretrain, max_steps=0))
     head = "# Written by prismoe: the whole configuration of this run, defaults included.\n"
     return (head + yaml.safe_dump(config.to_dict(), sort_keys=False)).encode()

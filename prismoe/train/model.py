@@ -20,6 +20,7 @@ from prismoe.convert.gather import Gatherer
 from prismoe.convert.stream import INDEX
 from prismoe.errors import InputError, NumericalError, ResourceError
 from prismoe.folder import fsync_folder, write_atomic, write_json_atomic
+from prismoe.train.compiling import compile_layers
 from prismoe.train.engine import Engine
 from prismoe.train.engine.placement import materialise, place
 from prismoe.train.experts import Experts, use_experts
@@ -104,37 +105,56 @@ def place_model(
     bf16: bool = False,
     recompute: bool = False,
     experts: Experts = "auto",
+    compiled: bool = False,
 ) -> Any:
     """The model of `origin` in float32, this process holding its part: read from the folder, or drawn with `seed`.
 
     With `recompute` it computes the activations of each layer a second time instead of keeping them; `experts` says
-    how those of a mixture compute (see `train.experts`).
+    how those of a mixture compute (see `train.experts`), and layers may be `compiled` (see `train.compiling`).
 
-    Drawn weights are drawn whole in every process, which is what makes them the same for any number of processes.
+    Weights are drawn whole by rank 0, which is what makes them the same for any number of processes, and sent from it
+    one tensor at a time.
 
     Raises:
         InputError: a tensor is missing, left over, of the wrong shape or not finite, or the architecture is not stock.
         UsageError: `experts` does not allow the sizes or the device.
     """
     where = str(origin.checkpoint.folder)
-    if seed is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = _from_config(origin.config, where)
-        use_experts(model, experts, device=engine.device)
-        if recompute:
-            _keep_no_activations(model)
-        return place(model, engine, bf16=bf16)
-    model = empty_model(origin.config, where=where)
+    drawn = _drawn(origin, seed, where) if seed is not None and engine.first else None
+    alone = engine.world == 1
+    model = drawn if drawn is not None and alone else empty_model(origin.config, where=where)
     use_experts(model, experts, device=engine.device)
     if recompute:
         _keep_no_activations(model)
+    if compiled:
+        compile_layers(model, device=engine.device)
     model = place(model, engine, bf16=bf16)
+    if seed is not None:
+        if not alone:
+            materialise(model, engine.device)
+            _send(drawn, model, engine)
+        return model
     with Gatherer.reading(origin.checkpoint) as gatherer, torch.no_grad():
         materialise(model, engine.device)
         shapes = {key: shape for key, (_, shape) in origin.tensors().items()}
         fill(model, Reader(origin.checkpoint, origin.recipes, gatherer), shapes)
     return model
+
+
+def _drawn(origin: Origin, seed: int, where: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _from_config(origin.config, where)
+
+
+@torch.no_grad()
+def _send(drawn: Any, model: Any, engine: Engine) -> None:
+    """What this process holds of each tensor of `drawn`, the model that rank 0 has whole."""
+    whole = stored(drawn) if drawn is not None else {}
+    for name, tensor in stored(model).items():
+        local, part = held(tensor)
+        sent = engine.send(whole[name] if drawn is not None else torch.empty(tensor.shape, dtype=tensor.dtype))
+        local.copy_(sent[part])
 
 
 def _keep_no_activations(model: Any) -> None:

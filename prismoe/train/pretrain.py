@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prismoe import registry
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.mixture import Mixture
 from prismoe.data.reference import resolve_reference
@@ -200,17 +201,49 @@ def _claimed(out: Path, job: dict[str, Any], engine: Engine, *, force: bool) -> 
 
 
 def _as_recorded(path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The job that was begun in the folder where `job` is the same: settings of later versions have their defaults."""
+    """The job that was begun in the folder where `job` is the same: settings of later versions have their defaults.
+
+    So have arguments that a router policy or a mixing rule got later.
+    """
     try:
         before = json.loads(path.read_bytes())
-        known = before["pretrain"].keys()
+        known = before["pretrain"]
+        now = json.loads(json.dumps(job))
+        now["pretrain"] = _known(now["pretrain"], known, _defaults(now["pretrain"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return job
-    now, defaults = json.loads(json.dumps([job, asdict(PretrainConfig())]))
-    now["pretrain"] = {
-        key: value for key, value in now["pretrain"].items() if key in known or value != defaults.get(key)
-    }
     return before if now == before else job
+
+
+def _known(now: dict[str, Any], known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`now` without what `known` does not have and is at its default; mappings within mappings likewise."""
+    found = {}
+    for key, value in now.items():
+        if key not in known and value == defaults.get(key):
+            continue
+        nested = isinstance(value, dict) and isinstance(known.get(key), dict) and isinstance(defaults.get(key), dict)
+        found[key] = _known(value, known[key], defaults[key]) if nested else value
+    return found
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting's default, as JSON has it; those of arguments by the policies and the rule that are at work."""
+    found = asdict(PretrainConfig())
+    router = settings.get("router", found["router"])
+    policies = {name: _keywords("prismoe.train.routers", name, "attach") for name in _names(router)}
+    found["arguments"] = policies[router] if isinstance(router, str) else policies
+    found["mixing_arguments"] = _keywords("prismoe.data.rules", settings.get("mixing", found["mixing"]), "update")
+    jsonable: dict[str, Any] = json.loads(json.dumps(found))
+    return jsonable
+
+
+def _names(router: str | Iterable[str]) -> list[str]:
+    return [router] if isinstance(router, str) else list(router)
+
+
+def _keywords(package: str, name: str, function: str) -> dict[str, Any]:
+    parameters = registry.keywords(getattr(registry.load(package, name, where=package), function))
+    return {key: item.default for key, item in parameters.items() if item.default is not item.empty}
 
 
 def _differences(path: Path, job: Mapping[str, Any]) -> list[str]:
@@ -257,6 +290,7 @@ def _train(
             bf16=config.precision == "bf16",
             recompute=config.recompute,
             experts=config.experts,
+            compiled=config.compile,
         )
         computed = {"experts": experts_in_use(model), **found}
         if config.attend == "document":

@@ -36,7 +36,8 @@ class PretrainConfig:
     at once). `init` "random" draws the weights anew from the config of the source instead of reading them.
     `tokens` is a budget instead of `steps`, rounded up to whole ones. `max_steps` stops after that many steps of this
     command, saved and to be continued; `patience` ends a run when so many evaluations in a row have not lowered the
-    mean held-out loss (0: neither). `recompute` computes activations a second time instead of keeping them.
+    mean held-out loss (0: neither). `recompute` computes activations a second time instead of keeping them;
+    `compile` has torch compile the layers, all but their mixtures (see `train.compiling`).
     Learning rate: linear warm-up over `warmup_steps`, half-cosine to `min_lr_ratio` · `lr`. Weight decay spares
     norms and biases. `clip` is the largest global gradient norm. `precision` "bf16" computes matrix products in
     bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (on some AMD CPUs
@@ -79,6 +80,7 @@ class PretrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0
     recompute: bool = False
+    compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     fast_matmul: bool = False
     keep_memory: bool = False

@@ -143,6 +143,15 @@ class Engine:
         distributed.all_reduce(sums, group=self.control)
         return sums.tolist()
 
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The `tensor` of rank 0 on the CPU, in all processes; theirs is of its shape and is overwritten."""
+        if self.world > 1:
+            from torch import distributed
+
+            tensor = tensor.contiguous()
+            distributed.broadcast(tensor, src=0, group=self.control)
+        return tensor
+
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """The rows that all processes give, in the order of ranks: [world, …] on the CPU."""
         if self.world == 1:
