@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -186,6 +187,27 @@ def test_truncated_prompts_are_counted(model, files):
     lengths = [len(tokenizer.encode("".join(request.args)).ids) for request in part.instances]
     assert 0 < sum(length > 257 for length in lengths) < len(lengths)
     assert (result.num_requests, result.num_truncated) == (len(lengths), sum(length > 257 for length in lengths))
+
+
+def test_what_the_model_writes_is_scored(tmp_path, model):
+    """The answers are made from what the stock class writes, one question at a time: all right, then all wrong."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    questions = [row["question"] for row in hub_rows()["nq_open"]["validation"]]
+    stock, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    written = []
+    for question in questions:
+        ids = torch.tensor([tokenizer.encode(f"Answer these questions:\n\nQ: {question}?\nA:")])
+        out = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        written.append(re.split(r"[\n.,]", text)[0].strip())
+    for answers, score in ((written, 1.0), ([f"{text}x" for text in written], 0.0)):
+        rows = [{"question": q, "answer": ["no", a]} for q, a in zip(questions, answers, strict=True)]
+        write_rows(tmp_path / "nq_open_dev.jsonl", rows)
+        (result,) = score_tasks(model, tasks=["nq_open:0"], files=tmp_path, batch_size=2)
+        assert result.score == score, (written, result)
+        assert "answers of at most 128 tokens, half of the model's positions" in result.note
 
 
 def test_a_limit_is_spread_over_subjects(model, files):
