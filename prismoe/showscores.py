@@ -48,6 +48,11 @@ def show_scores(screen: Screen, receipt: Receipt) -> None:
         _text(screen, receipt)
     if receipt.get("tasks"):
         _tasks(screen, receipt)
+    if (control := receipt.get("control")) is not None and control["folder"] is not None:
+        kept = f"{control['active_neurons']} of {control['dense_neurons']} neurons a layer kept"
+        how = "at random, there is no text" if control["by"] == "random" else f"by {control['by']}, measured on "
+        measured = "" if control["by"] == "random" else control["measured_on"]
+        screen.line(f"static: the dense model with {kept} {how}{measured}; not trained", style="dim")
     if receipt.get("findings"):
         screen.line("")
         for sentence in receipt["findings"]:

@@ -169,6 +169,9 @@ def test_two_folders_are_compared_without_a_run(
     shown = capsys.readouterr().out
     assert "dense, mixture, static on 13 documents of 1 task" in shown
     assert "change against dense, points" in shown
+    assert (
+        "static: the dense model with 48 of 96 neurons a layer kept at random, there is no text; not trained" in shown
+    )
     assert json.loads((tmp_path / "out/scores.json").read_text())["control"]["by"] == "random"
 
 
