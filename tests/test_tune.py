@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prismoe.cli import main
+from prismoe.convert import convert
 from prismoe.errors import InputError, NumericalError, ResourceError, UsageError
 from prismoe.folder import Manifest
+from prismoe.plan import make_plan
 from prismoe.train.model import load_model
 from prismoe.train.routers import Policy, attach_policy
 from prismoe.train.routing import watch
@@ -319,3 +322,41 @@ def test_several_processes_are_refused(source, data, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="2 processes"):
         tune(source, tiny_config(data), out=tmp_path / "out")
+
+
+def test_real_conversations_on_a_cut_real_model(shared, tmp_path):
+    parent = shared / "models/stories260K"
+    plan = make_plan(parent, method="random", num_experts=4, top_k=2)
+    convert(parent, plan, target="mixtral", out=tmp_path / "moe")
+    config = tiny_config(
+        shared / "sft/oasst_en_100.jsonl",
+        **{"seq_len": 256, "max_refused": 0.5, "packing": True, "epochs": 1, "lr": 2e-3, "batch_size": 4},
+    )
+    receipt = tune(tmp_path / "moe", config, out=tmp_path / "out")
+    assert receipt.text["files"][0]["rows"] == 100
+    before, after = (found["loss"] for found in (receipt.heldout_before, receipt.heldout_after))
+    assert after < before - 2 * receipt.heldout_before["standard_error"]
+
+
+def test_bfloat16_and_recomputed_activations(source, data, tmp_path):
+    config = tiny_config(data, epochs=1, precision="bf16", recompute=True)
+    receipt = tune(source, config, out=tmp_path / "out")
+    plain = tune(source, tiny_config(data, epochs=1), out=tmp_path / "plain")
+    assert receipt.first_loss == pytest.approx(plain.first_loss, rel=2e-2)
+    assert receipt.heldout_after["loss"] == pytest.approx(plain.heldout_after["loss"], rel=2e-2)
+    assert receipt.first_loss != plain.first_loss
+
+
+def test_the_command_stops_goes_on_and_prints_a_table(source, data, tmp_path, capsys):
+    settings = {"source": str(source), "out": str(tmp_path / "out"), "tune": {"data": str(data), "seq_len": 128}}
+    settings["tune"] |= {"template": "vicuna_v1_1", "batch_size": 8, "epochs": 1, "coefficient": 0.02, "heldout": 0.1}
+    path = tmp_path / "tune.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    assert main(["tune", str(path), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "checked"
+    assert main(["tune", str(path), "--max-steps", "2"]) == 75
+    assert "stopped by max_steps after step 2 of" in capsys.readouterr().err
+    assert main(["tune", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("who trains", "experts gate", "ends of turn learned", "resumed from step"))
+    assert main(["tune", str(path), "tune.coeficient=1"]) == 2
