@@ -13,6 +13,7 @@ from prismoe.config import load_config
 from prismoe.errors import InputError, ResourceError, UsageError
 from prismoe.reference import find_domains, reference_loss
 from prismoe.run import Done, _yaml, run
+from prismoe.run.stages import STAGES as ALL_STAGES
 from prismoe.state import read_state
 from tests.runs import config, copy_of, finished, workplace
 
@@ -33,6 +34,8 @@ def test_a_run_makes_every_stage_in_order() -> None:
     made = {path.name for path in (folder / "run").iterdir()}
     assert made == {
         "data",
+        "eval",
+        "figures",
         "moe",
         "plan.safetensors",
         "prismoe.json",
@@ -206,3 +209,12 @@ def test_where_a_command_stops_is_not_kept(tmp_path: Path) -> None:
     written = tmp_path / "run.yaml"
     written.write_bytes(_yaml(config("pretrain.max_steps=2")))
     assert load_config(written).pretrain == config().pretrain
+
+
+def test_a_setting_of_a_later_version_decides_nothing_until_it_is_set() -> None:
+    """compile came later: finished runs of the versions before it are still finished."""
+    decided = ALL_STAGES["pretrain"].decides(config())["pretrain"]
+    assert "recompute" not in decided  # it may change
+    assert "precision" in decided
+    assert "compile" not in decided
+    assert ALL_STAGES["pretrain"].decides(config("pretrain.compile=true"))["pretrain"]["compile"] is True

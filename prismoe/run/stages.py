@@ -353,9 +353,10 @@ def _keys(section: Any) -> dict[str, Any]:
     """A section's keys as the config file has them."""
     found = asdict(section)
     found |= found.pop("arguments", {})
-    from prismoe.train.settings import MAY_CHANGE
+    from prismoe.train.settings import LATER, MAY_CHANGE, PretrainConfig
 
-    unimportant = ("save_every", "save_seconds", "keep", *MAY_CHANGE)  # they change no result
+    unset = [key for key in LATER if found.get(key) == getattr(PretrainConfig, key)]
+    unimportant = ("save_every", "save_seconds", "keep", *MAY_CHANGE, *unset)  # they change no result
     return {key: value for key, value in found.items() if key not in unimportant}
 
 

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from prismoe.checkpoint import Checkpoint
+from prismoe.checkpoint.stockconfig import check_sizes
 from prismoe.convert.gather import Gatherer
 from prismoe.convert.stream import INDEX
 from prismoe.errors import InputError, NumericalError, ResourceError
-from prismoe.folder import fsync_folder, write_atomic, write_json_atomic
+from prismoe.folder import check_once, fsync_folder, write_atomic, write_json_atomic
 from prismoe.train.compiling import compile_layers
 from prismoe.train.engine import Engine
 from prismoe.train.engine.placement import materialise, place
@@ -62,14 +64,22 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The stock causal-LM class with the weights of `folder`, in `dtype`, remote code off, no socket.
 
     Raises:
-        InputError: a tensor is missing, left over or of the wrong shape, or the architecture is not stock.
+        InputError: a tensor is missing, left over or of the wrong shape, the architecture is not stock, or a file is
+            not what its manifest says.
     """
+    check_sizes(Checkpoint.open(folder))
+    check_once(folder)
     try:
         with _quiet_library():
             model, report = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except Exception as error:  # each field's validator and each class has an exception of its own
         raise InputError(f"cannot be loaded ({_first_line(error)})", where=str(folder)) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from prismoe.errors import UsageError
 
-__all__ = ["MAY_CHANGE", "PretrainConfig"]
+__all__ = ["LATER", "MAY_CHANGE", "PretrainConfig"]
 
 MAY_CHANGE = (
     *("save_every", "keep", "max_epochs", "threads", "timeout"),
@@ -20,6 +20,9 @@ MAY_CHANGE = (
 
 The parts in which a mixture is computed are bound by its balance losses: see `PretrainConfig`.
 """
+
+LATER = ("compile",)
+"""Settings that a later version added: with their defaults, finished runs of the versions before are what they were."""
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -52,7 +55,7 @@ class PretrainConfig:
     dynamic one looks at the held-out losses every `mixing_every_tokens` and compares them with `reference`, a file
     of `reference_loss` or a loss for each domain. `attend` "document" keeps attention within documents.
     `eval_every` and `save_every` count steps (0: only at the ends); `eval_tokens` bounds the held-out tokens read
-    per domain; `keep` is how many training checkpoints stay. A run that would
+    per domain; `keep` is how many training checkpoints stay (see `train.saving`). A run that would
     read a domain more than `max_epochs` times is refused. `threads` 0 leaves the number to torch.
     A step whose loss or gradient is not finite, or whose gradient norm is over `spike` times the usual one (0: any is
     fine), is left out; after `skip_limit` of them in a row the run goes back to its last checkpoint and on with other
