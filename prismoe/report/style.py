@@ -148,7 +148,10 @@ def heat_map(axes: Axes, grid: Any, *, top: float, label: str, low: float = 0.0)
         vertices = (np.stack([columns, rows], 1)[:, None, :] + corners).reshape(-1, 2)
         colour = colours(int(shade))
         cells = Path(vertices, codes * len(rows))
-        axes.add_patch(PathPatch(cells, facecolor=colour, edgecolor="white" if edge else colour, linewidth=edge or 0.2))
+        # Limits are set below: finding them from every corner takes longer than drawing.
+        axes.add_artist(
+            PathPatch(cells, facecolor=colour, edgecolor="white" if edge else colour, linewidth=edge or 0.2)
+        )
     axes.grid(visible=False)
     axes.set(xlim=(0, grid.shape[1]), ylim=(grid.shape[0], 0))
     scale = ScalarMappable(Normalize(low, low + span), colours)
