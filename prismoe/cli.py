@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
-from prismoe.verbs import experts, filters, folders, machine, mixing, routing, show, stages, tuning
+from prismoe.verbs import chatting, experts, filters, folders, machine, mixing, routing, show, stages, tuning
 from prismoe.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -49,6 +49,24 @@ VERBS: dict[str, Verb] = {
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),
     "tune": Verb(tuning.tune, "instruction-tune a model folder on conversations", ("tune",)),
+    "chat": Verb(
+        chatting.chat,
+        "MODEL: talk to it in the terminal; /help there; experts=true shows each token's experts",
+        options="ChatOptions",
+        dry=False,
+    ),
+    "generate": Verb(
+        chatting.generate,
+        "MODEL FILE (or prompt=TEXT): what it writes after each prompt, as JSON lines",
+        options="GenerateOptions",
+        dry=False,
+    ),
+    "mt-bench": Verb(
+        chatting.mt_bench,
+        "MODEL: answer MT-Bench's questions; its folder: have the answers judged",
+        options="MtBenchOptions",
+        dry=False,
+    ),
     "eval": Verb(stages.stages, "held-out text and benchmarks, several models side by side", ("eval", "data")),
     "trace": Verb(
         routing.trace, "what the routers do with each domain, of a run or of MODEL DATA", ("trace", "data"), dry=False
@@ -165,7 +183,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 def _job(flags: argparse.Namespace, screen: Screen) -> Job:
     subjects = [text for text in flags.rest if "=" not in text]
-    if len(subjects) > 1 and flags.verb not in ("reference-loss", "similarity", "trace"):
+    if len(subjects) > 1 and flags.verb not in ("reference-loss", "similarity", "trace", "generate"):
         raise UsageError(f"{subjects[1]!r} after {subjects[0]!r}", needed="one config, model or run folder")
     overrides = tuple(text for text in flags.rest if "=" in text)
     return Job(flags.verb, subjects[0] if subjects else None, overrides, flags, screen, tuple(subjects[1:]))

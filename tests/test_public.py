@@ -23,7 +23,8 @@ FLOORS = (
     *("errors", "progress", "recipe", "registry", "folder", "room", "checkpoint", "stats", "layerplan", "balance"),
     *("methods", "routerinit", "plan", "target", "lowering", "targets", "account", "portability"),
     *("convert", "densify", "verify"),
-    *("data", "train", "calibrate", "evaluate", "routing", "reference", "generate", "tune", "importing"),
+    *("data", "train", "calibrate", "evaluate", "routing", "reference", "tune", "importing"),
+    *("generate", "chat", "mtbench"),
     *("config", "console", "doctor", "state", "views", "report"),
     *("run", "showmixture", "show", "demo", "verbs", "cli", "__main__"),
 )

@@ -14,8 +14,11 @@ from prismoe.config.located import Located, read_override
 from prismoe.errors import UsageError
 
 __all__ = [
+    "ChatOptions",
     "DensifyOptions",
+    "GenerateOptions",
     "ImportOptions",
+    "MtBenchOptions",
     "PruneOptions",
     "ReferenceOptions",
     "ShowOptions",
@@ -25,7 +28,22 @@ __all__ = [
 ]
 
 Positive = Annotated[int, Field(ge=1)]
+Device = Literal["auto", "cpu", "cuda"]
 Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """See `prismoe.chat.dialogue`; `system` is taken as it is typed."""
+
+    template: str = "model"
+    system: str = ""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+    experts: bool = False
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,20 @@ class DensifyOptions:
     plan: str | None = None
     scale: Annotated[float, Field(gt=0)] | None = None
     max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """See `prismoe.generate.answers`; `prompt` is taken as it is typed, in place of a file."""
+
+    prompt: str | None = None
+    template: str | None = None
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 256
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive = 8
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -48,6 +80,26 @@ class ImportOptions:
     ridge: Annotated[float, Field(ge=0)] = 1e-3
     pad_to: Positive = 32
     max_shard_bytes: Positive = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class MtBenchOptions:
+    """See `prismoe.mtbench`: `questions` to `device` for answers, the others for judging them."""
+
+    questions: str | None = None
+    template: str = "model"
+    max_new_tokens: Positive = 1024
+    seed: Annotated[int, Field(ge=0)] = 0
+    batch_size: Positive = 8
+    model_id: str | None = None
+    device: Device = "auto"
+    prompts: str | None = None
+    references: str | None = None
+    judge: str | None = None
+    judge_model: str = "gpt-4"
+    key_env: str | None = None
+    parallel: Positive = 4
+    results: str | None = None
 
 
 @dataclass(frozen=True)
