@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from prismoe import registry
 from prismoe.config import load_config
 from prismoe.errors import InterruptedRun, NumericalError, ResourceError, UsageError
-from prismoe.train.alarms import in_short, warnings_of
+from prismoe.train.alarms import ExpertAlarms, in_short, warnings_of
 from prismoe.train.drift import ExpertDrift
 from prismoe.train.metrics import read_metrics
 from prismoe.train.pretrain import PretrainConfig, pretrain
@@ -247,6 +247,17 @@ def test_drift_is_the_cosine_of_the_weights():
     assert found[1] < 0.99
 
 
+def test_a_process_that_holds_no_expert_adds_nothing_to_the_drift():
+    model = stock()
+    with watch(model) as routers:
+        for layer in model.model.layers:  # four experts on three processes: the third holds none
+            for name in ("gate_up_proj", "down_proj"):
+                whole = getattr(layer.mlp.experts, name)
+                setattr(layer.mlp.experts, name, torch.nn.Parameter(whole.detach()[:0]))
+        others = torch.tensor([[0.0, 0.0], [6.0, 8.0], [8.0, 8.0]], dtype=torch.float64)
+        assert ExpertDrift(model, routers, total=lambda sums: sums + others).cosines() == [0.75, 1.0]
+
+
 def test_alarms():
     """Expert 0 of 6 is chosen by every token: a fair share is a third, so more than two thirds dominate."""
     model = stock()
@@ -274,3 +285,36 @@ def test_alarms():
         "the saved model routes without the bias: 2.1% of assignments go to other experts",
         "30% of assignments were dropped in the last step: their experts were full",
     ]
+
+
+def test_alarms_of_experts_over_time():
+    """Four experts, two of a token: a fair share is half of the tokens, dominant is more than three quarters."""
+
+    def layer(*loads):
+        return [[4, 4, 4, 4], list(loads)]
+
+    alarms, lines = ExpertAlarms([(4, 2), (4, 2)]), []
+    for step in range(1, 126):
+        # Idle in most steps is still not starved; then expert 3 is, and later expert 0 takes every token.
+        alarms.add(
+            layer(5, 5, 5, 1 - step % 2) if step <= 30 else layer(5, 5, 5, 0) if step <= 80 else layer(8, 4, 4, 0)
+        )
+        again = ExpertAlarms([(4, 2), (4, 2)])
+        again.restore(json.loads(json.dumps(alarms.state())))
+        lines.append(again.judge(step))
+        assert alarms.judge(step) == lines[-1]
+        assert again.state() == alarms.state()
+    alarm, further = [line for line in lines if line]
+    assert alarm["step"] == 75  # 3 of 378 assignments in steps 26 to 50 are 0.032 of a fair share
+    assert alarm["starved"] == [{"layer": 1, "expert": 3, "of_fair_share": 0.0}]
+    assert further["step"] == 100
+    assert further["dominant"] == [{"layer": 1, "expert": 0, "of_fair_share": pytest.approx(4 * 185 / 395, abs=1e-4)}]
+    assert alarms.in_short() == (
+        " · ALARM: starved expert 3 of mixture layer 1 and dominant expert 0 of mixture layer 1"
+    )
+    found = warnings_of("switch", {}, last_step={}, last={}, alarm=further)
+    assert found[0] == "starved since step 100 or before: expert 3 of mixture layer 1"
+    for _ in range(25):
+        alarms.add(layer(4, 4, 4, 4))
+    assert alarms.judge(150) == {"event": "alarm", "step": 150, "starved": [], "dominant": []}
+    assert alarms.in_short() == ""

@@ -49,5 +49,5 @@ def _part(matrix: torch.nn.Parameter) -> torch.Tensor:
     """Evenly spread numbers of each expert that this process holds [experts, at most 2·_KEPT]."""
     local = matrix.detach()
     local = local.to_local() if hasattr(local, "to_local") else local
-    flat = local.reshape(len(local), -1)
+    flat = local.flatten(1)  # also of a process that holds none of the rows
     return flat[:, :: max(1, flat.shape[1] // _KEPT)]

@@ -166,6 +166,8 @@ class _Run:
             line = self.trainer.step(self.step)
             clock = self.timing.step(self.step + 1, line["tokens"])
             self._note(line)
+            if alarm := self.trainer.alarms.judge(self.step + 1):
+                self._note(alarm)
             self.scalars.add("timing", clock)
             if line["event"] == "skipped" and self.health.must_go_back:
                 self._go_back(line["found"])
@@ -173,7 +175,9 @@ class _Run:
             self.step, self.evaluated = self.step + 1, False
             shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
             shown += f" · MFU {clock['mfu']:.1%}{self.peak}" if "mfu" in clock else ""
-            self.on_progress(f"train step: {shown}{in_short(line)}", self.step, config.steps)
+            self.on_progress(
+                f"train step: {shown}{in_short(line)}{self.trainer.alarms.in_short()}", self.step, config.steps
+            )
         self.saver.wait()
         return Finished(
             resumed_from=first,
@@ -244,6 +248,7 @@ class _Run:
             "evaluated": self.evaluated,
             "history": self.mixing.mixture.history,
             "health": self.health.state(),
+            "alarms": trainer.alarms.state(),
             "heldout": [self.lowest if math.isfinite(self.lowest) else None, self.no_better],
         }
         tensors = checkpoints.tensors_of(trainer.model, trainer.policy, trainer.optimizer)
@@ -257,6 +262,8 @@ class _Run:
         )
         self.mixing.mixture.restore(state["history"])
         self.health.restore(state["health"])
+        if "alarms" in state:  # no version before had them
+            trainer.alarms.restore(state["alarms"])
         lowest, self.no_better = state["heldout"]
         self.lowest = math.inf if lowest is None else float(lowest)
         self.step, self.evaluated = int(state["step"]), bool(state["evaluated"])

@@ -312,7 +312,8 @@ def _train(
     evals = [line for line in lines if line["event"] == "eval"]
     norms = [line["router_gradient_norm"] for line in steps if "router_gradient_norm" in line]
     policies = [config.router] if isinstance(config.router, str) else config.router
-    alarms = warnings_of(config.router, config.arguments, last_step=steps[-1], last=evals[-1])
+    alarm = next((line for line in reversed(lines) if line["event"] == "alarm"), None)
+    alarms = warnings_of(config.router, config.arguments, last_step=steps[-1], last=evals[-1], alarm=alarm)
     result = {
         "steps": finished.steps,
         "tokens": sum(line["tokens"] for line in steps),

@@ -57,10 +57,12 @@ class LoadMeter:
         self._load: list[torch.Tensor | None] = [None] * len(routers)
         self._entropy: list[torch.Tensor | None] = [None] * len(routers)
         self._tokens = 0
+        self._known: tuple[list[torch.Tensor], list[float], int] | None = None
 
     @torch.no_grad()
     def add(self) -> None:
         """Count the latest forward pass."""
+        self._known = None
         for index, router in enumerate(self._routers):
             load_E = torch.bincount(router.chosen_TK.reshape(-1), minlength=router.num_experts)
             log_TE = torch.log_softmax(router.logits_TE.detach().float(), dim=-1)
@@ -103,6 +105,8 @@ class LoadMeter:
 
     def _summed(self) -> tuple[list[torch.Tensor], list[float], int]:
         """Load and entropy of each layer and the tokens, over all processes: one collective, exact counts."""
+        if self._known is not None:
+            return self._known
         loads = [
             torch.zeros(router.num_experts, dtype=torch.int64) if load is None else load.cpu()
             for router, load in zip(self._routers, self._load, strict=True)
@@ -110,7 +114,8 @@ class LoadMeter:
         entropies = [0.0 if entropy is None else float(entropy) for entropy in self._entropy]
         numbers = [torch.tensor([self._tokens, *entropies], dtype=torch.float64), *(load.double() for load in loads)]
         head, *loads = self._total(torch.cat(numbers)).split([len(part) for part in numbers])
-        return loads, head[1:].tolist(), int(head[0])
+        self._known = loads, head[1:].tolist(), int(head[0])
+        return self._known
 
 
 def _counted(name: str, alarms: Sequence[torch.Tensor]) -> dict[str, Any]:

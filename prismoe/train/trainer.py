@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prismoe.data.mixture import Batch, Mixture
+from prismoe.train.alarms import ExpertAlarms
 from prismoe.train.engine import Engine
 from prismoe.train.head import text_loss
 from prismoe.train.health import Health
@@ -46,6 +47,7 @@ class Trainer:
         self.parameters = [*self.model.parameters(), *self._replicated]
         self._router_parameters = [list(router.module.parameters()) for router in self.routers]
         self.guard = GradientGuard(self.routers, patience=min(3, self.config.steps))
+        self.alarms = ExpertAlarms([(router.num_experts, router.top_k) for router in self.routers])
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 products on a CPU; on a device the gathered weights already are (see `engine.placement`)."""
@@ -105,6 +107,7 @@ class Trainer:
         }
         if self.routers:
             line |= {"router_loss": float(router_loss), **meter.summary(), **self.policy.metrics()}
+            self.alarms.add(meter.counts())
         line["gradient_norm"] = whole
         if self.routers:
             line["router_gradient_norm"] = math.hypot(*router_norms)
