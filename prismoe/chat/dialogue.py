@@ -148,6 +148,8 @@ class _Text:
         from prismoe.generate.rows import Stopped
 
         ready = text if whole else text.rstrip(_HALF).rstrip()
+        if not whole and self._told.startswith(ready):
+            ready = self._told  # the next character's first bytes hide those before them for a moment
         # What was told is the beginning, unless a part of it turned out to be a control token spelled out.
         pairs = enumerate(zip(self._told, ready, strict=False))
         same = next((place for place, (old, now) in pairs if old != now), min(len(self._told), len(ready)))
