@@ -27,6 +27,8 @@ __all__ = [
     "claim",
     "fsync_folder",
     "hash_files",
+    "make_folder",
+    "remove_folder",
     "sha256_file",
     "versions",
     "write_atomic",
@@ -53,6 +55,21 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """`folder` with all above it, their names durable: what is synced in a folder without a name is lost with it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        fsync_folder(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder` with all in it, durably; nothing happens where there is none."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir():
+        fsync_folder(folder.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -209,7 +226,7 @@ def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Pa
     """
     out = Path(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         handle = _lock(out)
     except OSError as error:
         raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error

@@ -15,7 +15,16 @@ from prismoe.data.lots import Hashes, Lot, Reading, Record, Route, Tally, find_r
 from prismoe.data.shards import KIND, SPLITS, Domain, Shard, Split, SplitCounts
 from prismoe.data.writer import HashedFile
 from prismoe.errors import InputError, ResourceError
-from prismoe.folder import MANIFEST, MARKER, FileEntry, Manifest, hash_files, sha256_file, write_json_atomic
+from prismoe.folder import (
+    MANIFEST,
+    MARKER,
+    FileEntry,
+    Manifest,
+    hash_files,
+    make_folder,
+    sha256_file,
+    write_json_atomic,
+)
 
 __all__ = ["check_same_texts", "collect", "finish", "finished", "join"]
 
@@ -29,7 +38,7 @@ def join(route: Route, kind: str) -> None:
         ResourceError: the folder holds something else, or cannot be made.
     """
     try:
-        route.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(route.folder)
         found = json.loads((route.folder / MARKER).read_bytes()) if (route.folder / MARKER).is_file() else None
         entries = [path.name for path in route.folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismoe.errors import InputError, ResourceError, UsageError
-from prismoe.folder import MARKER, claim, write_atomic, write_json_atomic
+from prismoe.folder import MARKER, claim, make_folder, write_atomic, write_json_atomic
 from prismoe.progress import Progress, quiet
 from prismoe.run.stages import STAGES, Work
 from prismoe.state import CONFIG, STATE, read_state
-from prismoe.train.engine.layout import launched
 
 if TYPE_CHECKING:
     from prismoe.config import Config
@@ -92,6 +91,8 @@ def run(
         names = [name for name in names if _checkable(config, name) or names in (["pretrain"], ["eval"])]
     elif names != ["plan"]:
         config.need("out")
+    from prismoe.train.engine.layout import launched  # its package loads torch
+
     rank, world = launched()[:2]
     if world > 1 and names != ["pretrain"]:
         raise UsageError(f"{', '.join(names)} in {world} processes", needed="`prismoe pretrain` alone under torchrun")
@@ -158,7 +159,7 @@ def _checkable(config: Config, name: str) -> bool:
 def run_folder(out: Path) -> None:
     """Mark `out` as a run's folder where it is new, or holds nothing that a stage would write."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except OSError as error:
         raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error
     ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}

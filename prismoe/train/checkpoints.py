@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from prismoe.errors import InputError, ResourceError
-from prismoe.folder import FileEntry, Manifest, fsync_folder, sha256_file, write_json_atomic
+from prismoe.folder import FileEntry, Manifest, make_folder, sha256_file, write_json_atomic
 from prismoe.train.engine import Engine
 from prismoe.train.routers import Policy
 
@@ -51,7 +51,7 @@ def save(folder: Path, *, step: int, engine: Engine, tensors: dict[str, torch.Te
     with _written(target):
         if engine.first:
             shutil.rmtree(target, ignore_errors=True)
-            target.mkdir(parents=True)
+            make_folder(target)
         engine.barrier("saving")
         # One process alone is what was asked for. (In a thread, filters cannot be put back without losing others'.)
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -63,7 +63,6 @@ def save(folder: Path, *, step: int, engine: Engine, tensors: dict[str, torch.Te
         )
         if engine.first:
             write_json_atomic(target / _STATE, state)
-            fsync_folder(folder)
         engine.barrier("hashing what was saved")
         names = sorted(path.name for path in target.iterdir() if path.name != "manifest.json")
         files = _hashed(target, names, engine)

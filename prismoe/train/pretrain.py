@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from prismoe.data.reference import resolve_reference
 from prismoe.data.rules import STATIC, Mixing
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, ResourceError
-from prismoe.folder import Manifest, claim, hash_files, sha256_file, write_json_atomic
+from prismoe.folder import Manifest, claim, hash_files, remove_folder, sha256_file, write_json_atomic
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
@@ -173,7 +172,7 @@ def pretrain(
                 kind=KIND, parents=parents, config={**settings, "result": result}, files=files, key=_hash(job)
             )
             record.write(out)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            remove_folder(out / "checkpoints")
         resumed_from, seconds, steps_run = finished
         return _receipt(out, result, resumed_from=resumed_from, seconds=seconds, steps_run=steps_run)
 
@@ -195,7 +194,7 @@ def _claimed(out: Path, job: dict[str, Any], engine: Engine, *, force: bool) -> 
         if not (out / SETTINGS).exists():
             write_json_atomic(out / SETTINGS, job)
         if Manifest.read(out) is not None:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            remove_folder(out / "checkpoints")
         engine.barrier("rank 0 has the folder")
         yield
 
@@ -274,6 +273,7 @@ def _train(
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
     from prismoe.train.documents import check_apart
     from prismoe.train.experts import experts_in_use
+    from prismoe.train.fastest import chosen_experts
     from prismoe.train.loop import train
     from prismoe.train.model import place_model, save_model
     from prismoe.train.runtime import runtime
@@ -282,6 +282,8 @@ def _train(
     # A signal that comes while the finished model is written is noted, and the writing goes on to its end.
     tuned = runtime(threads=config.threads, fast_matmul=config.fast_matmul, keep_memory=config.keep_memory)
     with tuned as found, stop_on_signal() as stop:
+        engine.at("choosing how experts compute")
+        experts = chosen_experts(origin, config, engine=engine, out=out, on_progress=on_progress)
         engine.at("reading the weights")
         model = place_model(
             origin,
@@ -289,7 +291,7 @@ def _train(
             seed=config.seed if config.init == "random" else None,
             bf16=config.precision == "bf16",
             recompute=config.recompute,
-            experts=config.experts,
+            experts=experts,
             compiled=config.compile,
         )
         computed = {"experts": experts_in_use(model), **found}

@@ -7,7 +7,6 @@ masked, experts or routers that stand still, a balance loss that is off, an end-
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, PrismoeError, ResourceError, UsageError
-from prismoe.folder import Manifest, claim, hash_files, write_json_atomic
+from prismoe.folder import Manifest, claim, hash_files, remove_folder, write_json_atomic
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
 from prismoe.train.engine.layout import launched
@@ -142,7 +141,7 @@ def tune(
         kept = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
         record = Manifest(kind=KIND, parents=parents, config={**settings, "result": result}, files=kept, key=_hash(job))
         record.write(out)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        remove_folder(out / "checkpoints")
         return _receipt(out, "tuned", {**result, **clock})
 
 
@@ -226,7 +225,7 @@ def _claimed(out: Path, job: dict[str, Any], *, force: bool) -> Iterator[None]:
         if not path.exists():
             write_json_atomic(path, job)
         if Manifest.read(out) is not None:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            remove_folder(out / "checkpoints")
         yield
 
 

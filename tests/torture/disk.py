@@ -102,7 +102,7 @@ def install(folder: Path, counter: Counter, *, at: int = 0, journal: Journal | N
             name = os.readlink(f"/proc/self/fd/{target}")
         else:
             start = os.readlink(f"/proc/self/fd/{directory}") if directory is not None else os.getcwd()
-            name = os.path.join(start, os.fspath(target))
+            name = os.path.join(start, os.fsdecode(target))
         return (name + os.sep).startswith(below)
 
     def step(half: Callable[[], Any] | None = None) -> None:

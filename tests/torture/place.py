@@ -5,24 +5,43 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 from tests.runs import workplace
 from tests.torture.processes import Finished, command
+from tests.torture.spread import spread
+from tests.training import tiny_moe
+from tests.tuning import conversations
 
 __all__ = ["Place", "contents"]
+
+T = TypeVar("T")
+TUNE = """\
+source: {folder}/mixture
+tune:
+  {{data: {folder}/talk.jsonl, template: vicuna_v1_1, seq_len: 128, batch_size: 8, micro_batch_size: 4, epochs: 1,
+    lr: 1.0e-3, heldout: 0.1, threads: 1, device: cpu}}
+"""
 
 
 @dataclass(frozen=True)
 class Place:
-    """`folder` is the row's own; `full` asks for the long form; everything that draws takes `seed`."""
+    """`folder` is the row's own; `full` asks for the long form; everything that draws takes `seed`.
+
+    No case begins after `deadline` (of `time.monotonic`): what is left out then is missing in the number tried.
+    """
 
     folder: Path
     full: bool
     seed: int
+    deadline: float = inf
 
     @cached_property
     def draw(self) -> random.Random:
@@ -34,6 +53,30 @@ class Place:
         inputs = self.folder / "inputs"
         inputs.mkdir()
         return workplace(inputs)
+
+    @cached_property
+    def tuning(self) -> Path:
+        """A config of `tune`: a small mixture, forty conversations, five steps. `out` is to be set."""
+        inputs = self.folder / "talk"
+        inputs.mkdir()
+        tiny_moe(inputs / "mixture")
+        conversations(inputs / "talk.jsonl")
+        path = inputs / "tune.yaml"
+        path.write_text(TUNE.format(folder=inputs))
+        return path
+
+    @property
+    def late(self) -> bool:
+        """Whether no case may begin any more."""
+        return time.monotonic() > self.deadline
+
+    def spread(
+        self, cases: Iterable[T], check: Callable[[T], str | None], *, workers: int = 0
+    ) -> dict[str, str | None]:
+        """What `check` found in each case, by the case's name; see `spread`. Workers stand in `folder`/worker-N."""
+        with chdir(self.folder):
+            found = spread(list(cases), check, late=lambda: self.late, workers=workers)
+        return {str(case): problem for case, problem in found}
 
     def command(self, *words: str, timeout: float = 120) -> Finished:
         """One command that must go well."""

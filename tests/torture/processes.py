@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+
+from tqdm import tqdm
 
 NEEDED = (
     *("torch", "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral"),
     *("prismoe.cli", "prismoe.run.stages", "prismoe.verify", "prismoe.train.pretrain", "prismoe.data.prepare"),
 )
 
+tqdm.monitor_interval = 0  # it would be a thread
+
 __all__ = ["Finished", "Running", "command", "start", "warm"]
 
 
-def warm() -> None:
-    """Import what the commands need, once, in the process that forks. No thread may be running."""
+def warm(commands: Sequence[Sequence[str]] = (), *, log: Path | None = None) -> None:
+    """Import what the commands need, once, in the process that forks. No thread may be running.
+
+    A forked process runs each of `commands` first and says what it imported late: that is imported here too.
+    """
     for name in NEEDED:
         import_module(name)
+    for words in commands:
+        assert log is not None
+        found = log.with_suffix(".modules")
+        done = command(words, log=log, after=partial(_tell_modules, found))
+        assert done.code == 0, f"{' '.join(words)}: {done.code}\n{done.error[-2000:]}"
+        for name in found.read_text().split():
+            if name not in sys.modules:
+                with contextlib.suppress(ImportError):  # a name that another module made up
+                    import_module(name)
+    assert threading.active_count() == 1, threading.enumerate()
+    gc.collect()
+    gc.freeze()
+
+
+def _tell_modules(path: Path) -> None:
+    path.write_text("\n".join(sys.modules))
 
 
 @dataclass(frozen=True)
@@ -89,10 +115,12 @@ def start(
     *,
     log: Path,
     before: Callable[[], None] | None = None,
+    after: Callable[[], object] | None = None,
     memory: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> Running:
-    """Fork, and run `prismoe WORDS` in the new process. `before` runs there first; `memory` limits its address space.
+    """Fork, and run `prismoe WORDS` in the new process. `before` runs there first and `after` last; `memory` limits its
+    address space.
 
     What it prints goes to `log`.out and `log`.err.
     """
@@ -117,6 +145,8 @@ def start(
         from prismoe.cli import main
 
         code = main(list(words))
+        if after is not None:
+            after()
     except BaseException:  # noqa: BLE001  whatever it was must not run on in a copy of the torture
         traceback.print_exc()
     finally:
