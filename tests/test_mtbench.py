@@ -354,6 +354,12 @@ def test_the_verb_from_questions_to_a_table(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     assert f"{out}/model_answer/tiny-moe.jsonl: 3 questions" in shown
     assert f"no judgments yet: {out}/requests.jsonl holds 6 requests" in shown
+    small = changed(tmp_path / "small", max_position_embeddings=24)
+    more = [f"questions={questions}", "--out", str(tmp_path / "cut")]
+    assert main(["mt-bench", str(small), *command[2:], *more, *given]) == 0
+    warned = capsys.readouterr().err
+    assert "answers are empty: what was asked fills the model's context" in warned
+    assert "predefined maximum length" not in warned
     with judge() as (url, seen):
         assert main(["mt-bench", str(out), *given, f"judge={url}", "judge_model=j"]) == 0
         assert main(["mt-bench", str(out), *given, f"judge={url}", "judge_model=j", "--json"]) == 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
 
 from prismoe.generate.sampling import Sampling
 
@@ -74,6 +75,8 @@ def continue_rows(
         eos_token_id=sorted(ends) or None,
     )
     stock, model.generation_config = model.generation_config, GenerationConfig()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it takes padding for text when it speaks of a full context
     try:
         with torch.no_grad():
             found_BT = model.generate(
@@ -88,6 +91,7 @@ def continue_rows(
         written = [stream.ids]
     finally:
         model.generation_config = stock
+        transformers_logging.set_verbosity(verbosity)
     return [_cut(ids[: row.room], ends) for ids, row in zip(written, rows, strict=True)]
 
 

@@ -108,7 +108,7 @@ class Speaker:
         """Ids of plain text, begun as the tokenizer begins one.
 
         Raises:
-            UsageError: none.
+            UsageError: it has none.
         """
         ids: list[int] = self._tokenizer.encode(text).ids
         if not ids:

@@ -161,7 +161,8 @@ def mt_bench(job: Job) -> dict[str, Any]:
     else:
         out, found = _answer(job, options)
     if options.prompts is not None:
-        found |= _judge(job, options, out, endpoint)
+        judged = _judge(job, options, out, endpoint)
+        found = {**found, **judged, "warnings": [*found.get("warnings", ()), *judged["warnings"]]}
     elif not found:
         raise UsageError("answers are all there", where=str(out), needed="prompts=FILE, to have them judged")
     for warning in found["warnings"]:
