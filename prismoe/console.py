@@ -25,6 +25,7 @@ from prismoe.progress import Progress, quiet
 __all__ = ["Screen", "bytes_text", "count_text", "seconds_text"]
 
 LOG_WIDTH = 240
+READABLE = 16  # columns that text keeps before it goes into a table of its own
 LOG_EVERY_S = 10.0  # a log gets a line of progress this often, a terminal ten a second
 
 
@@ -92,17 +93,34 @@ class Screen:
         self._show(grid)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, justify: str = "") -> None:
-        """A table. `justify` has an "l" or "r" for each column; without it all but the first are flush right."""
+        """A table. `justify` has an "l" or "r" for each column; without it all but the first are flush right.
+
+        A head of "group\\nname" shows its group once above the columns that share it. Columns for which the terminal
+        has no room follow below in a table of their own, the first column again before them.
+        """
         if self.json:
             return
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
-        for column, side in zip(columns, justify or "l" + "r" * (len(columns) - 1), strict=True):
-            # Names and numbers are never folded; text is, where the terminal is too narrow.
-            whole = side == "r" or not table.columns
-            table.add_column(Text(column), justify="left" if side == "l" else "right", no_wrap=whole, overflow="fold")
-        for row in rows:
-            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
-        self._show(table)
+        sides = justify or "l" + "r" * (len(columns) - 1)
+        cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+        widths = [
+            max(Text(line).cell_len for line in [*head.split("\n"), *(row[index].plain for row in cells)])
+            for index, head in enumerate(columns)
+        ]
+        # Names and numbers are never folded; text is, where the terminal is too narrow.
+        whole = [(side == "r" or index == 0) and widths[index] <= self.width for index, side in enumerate(sides)]
+        needed = [width if kept else min(width, READABLE) for width, kept in zip(widths, whole, strict=True)]
+        for part in _parts(needed, self.width):
+            table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
+            for index, head in zip(part, _grouped([columns[index] for index in part]), strict=True):
+                table.add_column(
+                    Text(head),
+                    justify="left" if sides[index] == "l" else "right",
+                    no_wrap=whole[index],
+                    overflow="fold",
+                )
+            for row in cells:
+                table.add_row(*(row[index] for index in part))
+            self._show(table)
 
     def stage(self, name: str, state: str, text: str, seconds: float) -> None:
         """One finished stage of a longer way."""
@@ -153,6 +171,26 @@ class Screen:
                 yield report
         else:
             yield _Log(self.err)
+
+
+def _parts(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Columns of each table: as many as `room` holds with two spaces between, the first column in all of them."""
+    parts = [[0]]
+    for index in range(1, len(widths)):
+        part = parts[-1]
+        if len(part) > 1 and sum(widths[other] for other in part) + 2 * len(part) + widths[index] > room:
+            parts.append(part := [0])
+        part.append(index)
+    return parts
+
+
+def _grouped(heads: Sequence[str]) -> list[str]:
+    """Heads without the groups that the head before them has named."""
+    groups = ["", *(head.partition("\n")[0] if "\n" in head else "" for head in heads)]
+    return [
+        head.removeprefix(group) if group and group == before else head
+        for before, group, head in zip(groups[:-1], groups[1:], heads, strict=True)
+    ]
 
 
 @dataclass

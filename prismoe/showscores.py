@@ -74,7 +74,7 @@ def _show_planned(screen: Screen, receipt: Receipt) -> None:
 
 def _text(screen: Screen, receipt: Receipt) -> None:
     models, table = list(receipt["models"]), {(row["domain"], row["model"]): row for row in receipt["scores"]}
-    heads = [f"{group if index == 0 else ''}\n{model}" for group in GROUPS for index, model in enumerate(models)]
+    heads = [f"{group}\n{model}" for group in GROUPS for model in models]
     rows: list[list[str | Text]] = []
     for domain in receipt["domains"]:
         found = [table[domain, model] for model in models]

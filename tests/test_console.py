@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from prismoe import console
 from prismoe.console import Screen, bytes_text, count_text, seconds_text
@@ -20,6 +21,34 @@ def test_numbers_in_words() -> None:
 def test_a_table_in_a_log_is_aligned_and_has_no_trailing_spaces(capsys: pytest.CaptureFixture[str]) -> None:
     Screen().table(["name", "number"], [["a long name", "1"], ["b", "1,000"]])
     assert capsys.readouterr().out.splitlines() == ["name         number", "a long name       1", "b             1,000"]
+
+
+def test_a_table_that_is_too_wide_goes_on_below(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is cut and no number folded: every cell is there once, the first column in each part."""
+    screen = Screen()
+    screen.out = Console(width=30, force_terminal=True, color_system=None)
+    names = [f"{group}\n{name}" for group in ("loss", "bits") for name in ("dense", "moe", "static")]
+    screen.table(["\ntask", *names], [["arc_easy", *(f"{number}.12345" for number in range(6))]])
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "             loss",
+        "task        dense      moe",
+        "arc_easy  0.12345  1.12345",
+        "             loss     bits",
+        "task       static    dense",
+        "arc_easy  2.12345  3.12345",
+        "             bits",
+        "task          moe   static",
+        "arc_easy  4.12345  5.12345",
+    ]
+
+
+def test_text_is_folded_and_a_number_as_wide_as_the_terminal_too(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    screen.out = Console(width=24, force_terminal=True, color_system=None)
+    screen.table(["a", "words"], [["name", "some words " * 3]], justify="ll")
+    screen.table(["a", "number"], [["name", "1" * 30]])
+    shown = "".join(capsys.readouterr().out.split())
+    assert shown == "awordsname" + "somewords" * 3 + "anumbername" + "1" * 30
 
 
 def test_names_and_numbers_are_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:

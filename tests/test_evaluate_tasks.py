@@ -14,7 +14,7 @@ from prismoe.cli import main
 from prismoe.config import load_config
 from prismoe.errors import InputError, UsageError
 from prismoe.evaluate import benchmarks, evaluate, static_control
-from prismoe.evaluate.tasks import score_tasks
+from prismoe.evaluate.tasks import score_tasks, score_wanted
 from prismoe.plan import Plan, make_plan
 from prismoe.run import run
 from tests.runs import copy_of, finished, workplace
@@ -78,13 +78,13 @@ def test_a_stopped_evaluation_goes_on_after_what_is_finished(
     dense, moe = finished()[0] / "dense", finished()[0] / "run" / "moe"
     seen: list[str] = []
 
-    def until_the_mixture(folder: Path, **options: Any) -> Any:
+    def until_the_mixture(folder: Path, wanted: Any, **options: Any) -> Any:
         seen.append(Path(folder).name)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return score_tasks(folder, **options)
+        return score_wanted(folder, wanted, **options)
 
-    monkeypatch.setattr(benchmarks, "score_tasks", until_the_mixture)
+    monkeypatch.setattr(benchmarks, "score_wanted", until_the_mixture)
     options: dict[str, Any] = {"tasks": ["piqa"], "files": files, "limit": 6, "keep": tmp_path / "kept"}
     with pytest.raises(KeyboardInterrupt):
         evaluate({"dense": dense, "moe": moe}, [], **options)

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError
 from prismoe.evaluate.kept import Kept
-from prismoe.evaluate.localfiles import LOCAL, read_files
-from prismoe.evaluate.tasks import TaskResult, WantedTask, score_tasks, suites
+from prismoe.evaluate.localfiles import LOCAL
+from prismoe.evaluate.tasks import TaskResult, WantedTask, score_wanted, suites
 from prismoe.folder import sha256_file, versions
 from prismoe.progress import Progress
 
-__all__ = ["check_tokenizer", "count_requests", "score_benchmarks", "task_files"]
+if TYPE_CHECKING:
+    from prismoe.evaluate.harness import Benchmark
+
+__all__ = ["check_tokenizer", "content", "count_requests", "score_benchmarks", "task_files"]
 
 
 def task_files(suite: str | None, tasks: Sequence[str] | None, files: Path) -> tuple[Path, ...]:
@@ -26,6 +29,11 @@ def task_files(suite: str | None, tasks: Sequence[str] | None, files: Path) -> t
     places = [[files / name for _, name in LOCAL[task].scored] for task in wanted if task in LOCAL]
     found = [next((path for path in paths if path.is_file()), None) for paths in places]
     return tuple(dict.fromkeys(path for path in found if path is not None))
+
+
+def content(files: Path) -> dict[str, str]:
+    """What a folder of benchmark files holds: name → sha256."""
+    return {path.name: sha256_file(path) for path in sorted(files.glob("*.json*")) if path.is_file()}
 
 
 def check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -47,20 +55,15 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
         raise InputError(f"ids up to {largest}", where=str(path), needed=f"below the model's vocab_size {size}")
 
 
-def count_requests(
-    wanted: Sequence[WantedTask], *, files: str | Path | None, limit: int | None, seed: int
-) -> list[dict[str, Any]]:
-    """How many documents and prompts each task comes to; None without `files`: the hub's are not there yet."""
+def count_requests(wanted: Sequence[WantedTask], *, limit: int | None, seed: int) -> list[dict[str, Any]]:
+    """How many documents and prompts each task comes to; None without files: the hub's are not there yet."""
     rows: list[dict[str, Any]] = []
     for one in wanted:
         rows.append({"task": one.task, "num_fewshot": one.num_fewshot, "num_documents": None, "num_requests": None})
-        if files is not None:
-            from prismoe.evaluate.harness import definition_files, open_benchmark, tamed_harness
+        if one.rows is not None:
+            from prismoe.evaluate.harness import open_benchmark, tamed_harness
 
-            found = read_files(one.task, Path(files), num_fewshot=one.num_fewshot)
-            benchmark = open_benchmark(
-                one.task, definition_files(one.task), found, num_fewshot=one.num_fewshot, limit=limit, seed=seed
-            )
+            benchmark = open_benchmark(one.task, one.rows, num_fewshot=one.num_fewshot, limit=limit, seed=seed)
             documents = prompts = 0
             with tamed_harness():
                 for name, places in benchmark.chosen.items():
@@ -83,16 +86,18 @@ def score_benchmarks(
     batch_size: int,
     seed: int,
     kept: Kept,
-    offline: bool,
     on_progress: Progress,
 ) -> dict[str, list[TaskResult]]:
     """Model → results in the order of `wanted`; what was kept under the same `identities` is not computed again.
 
     Raises:
-        UsageError, InputError, ResourceError, NumericalError: see `score_tasks`.
+        UsageError, InputError, ResourceError, NumericalError: see `score_wanted`.
     """
-    common = {"files": _content(files), "limit": limit, "seed": seed, "versions": _versions()} if wanted else {}
+    common: dict[str, Any] = {}
+    if wanted:
+        common = {"files": files and content(files), "limit": limit, "seed": seed, "versions": _versions()}
     found: dict[str, list[TaskResult]] = {}
+    opened: dict[WantedTask, Benchmark] = {}
     for name, checkpoint in models.items() if wanted else ():
         tokenizer = sha256_file(checkpoint.folder / "tokenizer.json")
         of_model = {"model": {**identities[name], "tokenizer": tokenizer}, **common}
@@ -111,15 +116,14 @@ def score_benchmarks(
         def progress(what: str, count: int, total: int, name: str = name) -> None:
             on_progress(f"benchmarks: {name} on {what.partition(': ')[2] or what}", count, total)
 
-        if left := [f"{one.task}:{one.num_fewshot}" for one in wanted if one.task not in results]:
-            score_tasks(
+        if left := [one for one in wanted if one.task not in results]:
+            score_wanted(
                 checkpoint.folder,
-                tasks=left,
-                files=files,
+                left,
                 limit=limit,
                 batch_size=batch_size,
                 seed=seed,
-                offline=offline,
+                opened=opened,
                 on_result=keep,
                 on_progress=progress,
             )
@@ -134,10 +138,3 @@ def _read(kept: dict[str, Any]) -> TaskResult:
 
 def _versions() -> dict[str, str]:
     return {**versions(), "lm_eval": metadata.version("lm_eval")}
-
-
-def _content(files: Path | None) -> dict[str, str] | None:
-    """What a folder of benchmark files holds."""
-    if files is None:
-        return None
-    return {path.name: sha256_file(path) for path in sorted(files.glob("*.json*")) if path.is_file()}

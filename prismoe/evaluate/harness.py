@@ -12,10 +12,10 @@ import json
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,16 @@ from prismoe.progress import Progress
 from prismoe.registry import suggestion
 from prismoe.train.model import load_model
 
-__all__ = ["VERSION", "Benchmark", "HarnessModel", "definition_files", "open_benchmark", "open_model", "run"]
+__all__ = [
+    "VERSION",
+    "Benchmark",
+    "HarnessModel",
+    "definition_files",
+    "open_benchmark",
+    "open_model",
+    "refuse_code",
+    "run",
+]
 
 VERSION = f"lm_eval {lm_eval.__version__}"
 
@@ -54,9 +63,9 @@ _NOT_HASHED = (
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One task ready to be run: its `parts` (the subjects of MMLU, else itself) by the harness's names, the rows each
-    scores (`chosen`, from the first), the metric that is its score and the filter that comes before it; whether an
-    answer `has_choices`."""
+    """One task ready to be run, by any number of models: its `parts` (the subjects of MMLU, else itself) by the
+    harness's names, the rows each scores (`chosen`, from the first), the metric that is its score and the filter that
+    comes before it; whether an answer `has_choices`; the `seed` that draws examples."""
 
     task: str
     parts: dict[str, Any]
@@ -65,6 +74,7 @@ class Benchmark:
     filter: str
     has_choices: bool
     num_fewshot: int
+    seed: int
     notes: tuple[str, ...]
     task_hash: str
     harness: str = VERSION
@@ -81,15 +91,30 @@ def definition_files(task: str) -> list[Path]:
         if found := sorted(_DEFINITIONS.glob(LOCAL[task].definition)):
             return found
         raise ResourceError(f"{VERSION} has no {LOCAL[task].definition}", needed="lm_eval 0.4.13")
-    known = {str(match[1]): path for path in _DEFINITIONS.rglob("*.yaml") if (match := _NAMED.search(path.read_text()))}
+    refuse_code(task)
+    known = _named()
     if task not in known:
         raise UsageError(f"unknown task {task!r}", where="tasks", hint=suggestion(task, [*known, "mmlu"]))
     config = load_yaml(known[task], resolve_func=False)
-    if config.get("unsafe_code"):
-        raise UsageError(f"{task} runs code that the model wrote", where="tasks", hint="leave it out: never done here")
     if "class" in config or config.get("output_type") == "loglikelihood_rolling":
         raise UsageError(f"{task} is no list of questions", where="tasks", hint="leave it out")
     return [known[task]]
+
+
+def refuse_code(task: str) -> None:
+    """Say no to a task of the harness that runs what the model wrote.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if task in _named() and load_yaml(_named()[task], resolve_func=False).get("unsafe_code"):
+        raise UsageError(f"{task} runs code that the model wrote", where="tasks", hint="leave it out: never done here")
+
+
+@cache
+def _named() -> dict[str, Path]:
+    """The harness's own definitions by the name of their task."""
+    return {str(match[1]): path for path in _DEFINITIONS.rglob("*.yaml") if (match := _NAMED.search(path.read_text()))}
 
 
 @contextmanager
@@ -117,21 +142,15 @@ def tamed_harness() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def open_benchmark(
-    task: str,
-    definitions: Sequence[Path],
-    files: LocalFiles | None,
-    *,
-    num_fewshot: int,
-    limit: int | None,
-    seed: int,
-) -> Benchmark:
-    """`task` from its definitions, on the rows of `files`, or on those of its own data set on the hub.
+def open_benchmark(task: str, files: LocalFiles | None, *, num_fewshot: int, limit: int | None, seed: int) -> Benchmark:
+    """`task` from the harness's definitions, on the rows of `files`, or on those of its own data set on the hub.
 
     Raises:
+        UsageError: see `definition_files`.
         ResourceError: a data set that cannot be fetched.
         InputError: a metric that is no mean over documents, or rows of subjects that there are not.
     """
+    definitions = definition_files(task)
     with tamed_harness():
         parts, notes = {}, list(files.notes) if files else []
         for path in definitions:
@@ -151,7 +170,6 @@ def open_benchmark(
                     where=task,
                     hint="score local files instead: files=FOLDER",
                 ) from error
-            part.set_fewshot_seed(seed)
             parts[name] = part
         first = next(iter(parts.values()))
         return Benchmark(
@@ -162,6 +180,7 @@ def open_benchmark(
             filter=first._filters[0].name,
             has_choices=first.OUTPUT_TYPE == "multiple_choice",
             num_fewshot=num_fewshot,
+            seed=seed,
             notes=tuple(notes),
             task_hash=_digest([_definition(part) for part in parts.values()]),
         )
@@ -350,6 +369,8 @@ def run(model: HarnessModel, benchmark: Benchmark) -> list[dict[str, Any]]:
         ResourceError: not enough memory on the device.
     """
     parts = {name: benchmark.parts[name] for name in benchmark.chosen}
+    for part in parts.values():
+        part.set_fewshot_seed(benchmark.seed)  # every model is shown the same examples
     model.begin(benchmark.task)
     try:
         with tamed_harness():
@@ -360,6 +381,9 @@ def run(model: HarnessModel, benchmark: Benchmark) -> list[dict[str, Any]]:
         raise ResourceError(
             f"out of memory on {model.device}", where=model.where, hint="a smaller batch_size"
         ) from error
+    finally:
+        for part in parts.values():
+            part._instances = None  # prompts of 32 examples take far more memory than rows
     return [one for name in parts for one in found["samples"][name] if one["filter"] == benchmark.filter]
 
 

@@ -8,31 +8,33 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prismoe.errors import InputError, ResourceError, UsageError
-from prismoe.evaluate.localfiles import LOCAL, read_files
+from prismoe.evaluate.localfiles import LOCAL, LocalFiles, read_files
 from prismoe.progress import Progress, quiet
 from prismoe.registry import names, suggestion
 
 if TYPE_CHECKING:
     from prismoe.evaluate.harness import Benchmark, HarnessModel
 
-__all__ = ["TaskResult", "WantedTask", "average", "check_tasks", "score_tasks", "suites"]
+__all__ = ["TaskResult", "WantedTask", "check_tasks", "score_tasks", "score_wanted", "suites"]
 
 _SUITES = "prismoe.evaluate.suites"
 
 
 @dataclass(frozen=True)
 class WantedTask:
-    """One task as it will be run, with the number of examples in its prompts."""
+    """One task as it will be run, with the number of examples in its prompts, and the rows of its files (None: the
+    harness fetches its own), which are read once for all models."""
 
     task: str
     num_fewshot: int
+    rows: LocalFiles | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ def check_tasks(
         raise InputError("no such folder", where=str(files), needed="a folder of benchmark files")
     for one in wanted:
         if one.task not in LOCAL:
+            from prismoe.evaluate.harness import refuse_code
+
+            refuse_code(one.task)
             known = "one of " + ", ".join(LOCAL)
             hint = suggestion(one.task, LOCAL) + "; without files the harness fetches any of its tasks"
             raise UsageError(f"unknown task {one.task!r} for files", where="tasks", needed=known, hint=hint)
-    for one in wanted:
-        read_files(one.task, Path(files), num_fewshot=one.num_fewshot)
-    return wanted
+    return tuple(replace(one, rows=read_files(one.task, Path(files), num_fewshot=one.num_fewshot)) for one in wanted)
 
 
 def score_tasks(
@@ -125,29 +128,57 @@ def score_tasks(
 ) -> list[TaskResult]:
     """Score the stock model in `model_folder` on the tasks of `suite` or `tasks`, in float32, in their order.
 
-    `files` is a folder of JSONL files; without it the harness fetches its own data. At most `limit` documents a task
-    are scored: the first ones, spread over the subjects of MMLU. `batch_size` prompts are computed at once; it changes
-    log-likelihoods by rounding alone (prompts are padded on the right, behind everything that counts). `seed` draws the
-    examples in prompts. `on_result` gets each result as soon as it is there.
+    `files` is a folder of JSONL files; without it the harness fetches its own data.
 
     Raises:
-        UsageError, InputError, ResourceError: see `check_tasks`; a tokenizer that does not fit the model, an answer
-            longer than its positions, too little memory.
+        UsageError, InputError, ResourceError, NumericalError: see `check_tasks` and `score_wanted`.
+    """
+    wanted = check_tasks(suite, tasks, files, offline=offline)
+    return score_wanted(
+        model_folder,
+        wanted,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        on_result=on_result,
+        on_progress=on_progress,
+    )
+
+
+def score_wanted(
+    model_folder: Path,
+    wanted: Sequence[WantedTask],
+    *,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    opened: dict[WantedTask, Benchmark] | None = None,
+    on_result: Callable[[TaskResult], None],
+    on_progress: Progress,
+) -> list[TaskResult]:
+    """Score the stock model in `model_folder` on tasks that were checked.
+
+    At most `limit` documents a task are scored: the first ones, spread over the subjects of MMLU. `batch_size` prompts
+    are computed at once; it changes log-likelihoods by rounding alone (prompts are padded on the right, behind
+    everything that counts). `seed` draws the examples in prompts. `opened` keeps the harness's tasks for the next
+    model, with the same `limit` and `seed`. `on_result` gets each result as soon as it is there.
+
+    Raises:
+        UsageError: a limit or batch_size below 1.
+        InputError: a tokenizer that does not fit the model, an answer longer than its positions.
+        ResourceError: a data set that cannot be fetched; too little memory.
         NumericalError: logits that are not finite.
     """
     if (limit is not None and limit < 1) or batch_size < 1:
         raise UsageError(f"limit {limit}, batch_size {batch_size}", needed="at least 1")
-    wanted = check_tasks(suite, tasks, files, offline=offline)
-    from prismoe.evaluate.harness import definition_files, open_benchmark, open_model, run
+    from prismoe.evaluate.harness import open_benchmark, open_model, run
 
-    model, results = None, []
+    model, results, opened = None, [], {} if opened is None else opened
     for one in wanted:
-        rows = read_files(one.task, Path(files), num_fewshot=one.num_fewshot) if files is not None else None
-        benchmark = open_benchmark(
-            one.task, definition_files(one.task), rows, num_fewshot=one.num_fewshot, limit=limit, seed=seed
-        )
+        if one not in opened:
+            opened[one] = open_benchmark(one.task, one.rows, num_fewshot=one.num_fewshot, limit=limit, seed=seed)
         model = model or open_model(Path(model_folder), batch_size=batch_size, on_progress=on_progress)
-        results.append(_result(model, benchmark, run(model, benchmark), limit=limit, seed=seed))
+        results.append(_result(model, opened[one], run(model, opened[one]), limit=limit))
         on_result(results[-1])
     return results
 
@@ -155,14 +186,6 @@ def score_tasks(
 def suites() -> dict[str, dict[str, int]]:
     """Every suite by name: its tasks in order, with the number of examples in the prompt."""
     return {name.replace("_", "-"): dict(importlib.import_module(f"{_SUITES}.{name}").TASKS) for name in names(_SUITES)}
-
-
-def average(results: Sequence[TaskResult]) -> tuple[float, float | None]:
-    """The plain mean of scores, which is LLaMA-MoE's average, and its standard error (tasks are independent)."""
-    errors = [result.standard_error for result in results]
-    known = [error for error in errors if error is not None]
-    error = math.sqrt(sum(value**2 for value in known)) / len(known) if len(known) == len(errors) else None
-    return sum(result.score for result in results) / len(results), error
 
 
 def _suite(name: str) -> tuple[WantedTask, ...]:
@@ -183,7 +206,7 @@ def _wanted(written: str) -> WantedTask:
 
 
 def _result(
-    model: HarnessModel, benchmark: Benchmark, documents: list[dict[str, Any]], *, limit: int | None, seed: int
+    model: HarnessModel, benchmark: Benchmark, documents: list[dict[str, Any]], *, limit: int | None
 ) -> TaskResult:
     per_document_N = np.array([float(document[benchmark.metric]) for document in documents])
     chances = [_chance(benchmark, document) for document in documents]
@@ -205,7 +228,7 @@ def _result(
         num_requests=model.requests,
         num_truncated=model.truncated,
         limit=limit,
-        seed=seed,
+        seed=benchmark.seed,
         harness=benchmark.harness,
         task_hash=benchmark.task_hash,
         documents_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),

@@ -40,10 +40,10 @@ def measured(config: Config) -> dict[str, Any]:
     settings = config.eval
     found: dict[str, Any] = {"eval": {key: getattr(settings, key) for key in TEXT}}
     if settings.benchmarks:
-        folder = None if settings.files is None else Path(settings.files)
-        files = [] if folder is None else [path for path in sorted(folder.glob("*.json*")) if path.is_file()]
-        content = {path.name: sha256_file(path) for path in files}
-        found["benchmarks"] = {**settings.benchmarks, "limit": settings.limit, "files": content, "seed": config.seed}
+        from prismoe.evaluate.benchmarks import content
+
+        files = {} if settings.files is None else content(Path(settings.files))
+        found["benchmarks"] = {**settings.benchmarks, "limit": settings.limit, "files": files, "seed": config.seed}
     if settings.models:
         found["models"] = {name: _fingerprint(place) for name, place in settings.models.items()}
     if _wants_control(config):
@@ -191,7 +191,7 @@ def _planned(work: Work) -> dict[str, Any]:
     models = [_first(work), *_to_come(work), *(settings.models or ())]
     if _wants_control(work.config) and len(models) > 1:
         models.append("static")
-    tasks = count_requests(wanted, files=settings.files, limit=settings.limit, seed=work.config.seed)
+    tasks = count_requests(wanted, limit=settings.limit, seed=work.config.seed)
     counts = [row["num_requests"] for row in tasks]
     return {
         "state": "dry run",
