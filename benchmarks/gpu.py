@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from prismoe.train.experts import sorted_experts
+from prismoe.train.liger import has_liger, liger_experts
 from prismoe.train.speed import flops_per_token, peak_flops
 
 TOKENS, SETS, MEDIAN_OF = 16384, 4, 20
@@ -97,24 +98,9 @@ def backends() -> dict[str, Callable[..., torch.Tensor] | None]:
     for name, package in IMPLEMENTATIONS.items():
         here = util.find_spec(package) is not None and name in ALL_EXPERTS_FUNCTIONS
         found[name] = ALL_EXPERTS_FUNCTIONS[name] if here else None
-    found["liger"] = _liger() if util.find_spec("liger_kernel") else None
+    found["liger"] = liger_experts if has_liger() else None
     found["transformer_engine"] = _transformer_engine() if util.find_spec("transformer_engine") else None
     return found
-
-
-def _liger() -> Callable[..., torch.Tensor] | None:
-    try:
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction  # type: ignore[import-not-found]
-    except ImportError:
-        return None
-
-    def forward(self: Any, x_TD: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = LigerFusedMoEFunction.apply(
-            x_TD, self.gate_up_proj, self.down_proj, index_TK.int(), weights_TK
-        )
-        return out
-
-    return forward
 
 
 def _transformer_engine() -> Callable[..., torch.Tensor] | None:

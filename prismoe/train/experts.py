@@ -14,40 +14,35 @@ Products need no aligned rows, incoming gradients may be expanded, and under aut
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from prismoe.errors import UsageError
+from prismoe.train.liger import has_liger, liger_experts
 
-__all__ = ["Experts", "experts_in_use", "sorted_experts", "use_experts"]
+__all__ = ["experts_functions", "experts_in_use", "experts_of", "rule", "sorted_experts", "use_experts"]
 
-Experts = Literal["auto", "sorted", "grouped_mm", "eager"]
-_NAME = "prismoe_sorted"
+_OURS = "prismoe_"  # before the names of what we add to the library's table
 _ROW = 8  # numbers of bfloat16 in 16 bytes
 
 
-def use_experts(model: Any, wanted: Experts = "auto", *, device: torch.device | str = "cpu") -> None:
+def use_experts(model: Any, wanted: str = "auto", *, device: torch.device | str = "cpu") -> None:
     """Let the experts of `model` compute by `wanted` on `device`, before it is sharded; a dense model has none.
 
-    "auto" is "sorted" on a CPU; elsewhere it is the library's "grouped_mm", but "sorted" where rows are no multiple of
-    16 bytes. That is a rule and not a trial, as a run that goes on after a stop has to compute the same bits. (What
-    it rests on: docs/benchmarks.md.)
+    `wanted` is a name of `experts_functions`, or "auto" for `rule`.
 
     Raises:
-        UsageError: "grouped_mm" was asked for by name, and the device or the sizes of the experts do not allow it.
+        UsageError: the function is not here, or the device or the sizes of the experts do not allow it.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    modules = _modules(model)
+    modules = experts_of(model)
     if not modules:
         return
-    odd = [size for module in modules for size in module.down_proj.shape[1:] if size % _ROW]
-    choice = wanted
-    if wanted == "auto":
-        choice = "sorted" if torch.device(device).type == "cpu" or odd else "grouped_mm"
+    named = experts_functions()
+    choice = rule(modules, device=device) if wanted == "auto" else wanted
+    odd = _odd(modules)
     if choice == "grouped_mm" and odd:
         raise UsageError(
             f"experts with rows of {odd[0]} numbers",
@@ -55,9 +50,8 @@ def use_experts(model: Any, wanted: Experts = "auto", *, device: torch.device | 
             needed=f"a multiple of {_ROW} for grouped_mm",
             hint="experts=auto takes another way",
         )
-    ALL_EXPERTS_FUNCTIONS.register(_NAME, sorted_experts)
     try:
-        model.set_experts_implementation(_NAME if choice == "sorted" else choice)
+        model.set_experts_implementation(named.get(choice, choice))
     except (ImportError, ValueError) as error:
         raise UsageError(
             f"{choice} ({error})", where="pretrain.experts", hint="experts=auto takes another way"
@@ -66,13 +60,36 @@ def use_experts(model: Any, wanted: Experts = "auto", *, device: torch.device | 
 
 def experts_in_use(model: Any) -> str | None:
     """By which of them the experts of `model` compute; None where there are none that could be told."""
-    if not _modules(model):
+    if not experts_of(model):
         return None
-    name = str(model.config._experts_implementation)
-    return "sorted" if name == _NAME else name
+    return str(model.config._experts_implementation).removeprefix(_OURS)
 
 
-def _modules(model: Any) -> list[Any]:
+def experts_functions() -> dict[str, str]:
+    """Every function that the library can be told to use in this process, ours among them: name -> its name there."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(f"{_OURS}sorted", sorted_experts)
+    if has_liger():
+        ALL_EXPERTS_FUNCTIONS.register(f"{_OURS}liger", liger_experts)
+    return {name.removeprefix(_OURS): name for name in ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())]}
+
+
+def rule(modules: list[Any], *, device: torch.device | str) -> str:
+    """What "auto" is for these experts: "sorted" on a CPU; elsewhere the library's "grouped_mm", but "sorted" where
+    rows are no multiple of 16 bytes.
+
+    That is a rule and not a trial: the same wherever a run goes on. (What it rests on: docs/benchmarks.md. For a
+    trial: `train.fastest`.)
+    """
+    return "sorted" if torch.device(device).type == "cpu" or _odd(modules) else "grouped_mm"
+
+
+def _odd(modules: list[Any]) -> list[int]:
+    return [size for module in modules for size in module.down_proj.shape[1:] if size % _ROW]
+
+
+def experts_of(model: Any) -> list[Any]:
     """The modules of experts that the library dispatches: it gives each of them this attribute."""
     return [module for module in model.modules() if hasattr(module, "is_transposed") and hasattr(module, "down_proj")]
 

@@ -25,7 +25,7 @@ from prismoe.folder import check_once, fsync_folder, write_atomic, write_json_at
 from prismoe.train.compiling import compile_layers
 from prismoe.train.engine import Engine
 from prismoe.train.engine.placement import materialise, place
-from prismoe.train.experts import Experts, use_experts
+from prismoe.train.experts import use_experts
 from prismoe.train.origin import Origin
 from prismoe.train.weights import Place, Reader, fill, held, places, stored
 
@@ -114,7 +114,7 @@ def place_model(
     seed: int | None = None,
     bf16: bool = False,
     recompute: bool = False,
-    experts: Experts = "auto",
+    experts: str = "auto",
     compiled: bool = False,
 ) -> Any:
     """The model of `origin` in float32, this process holding its part: read from the folder, or drawn with `seed`.

@@ -46,8 +46,8 @@ class PretrainConfig:
     bfloat16 (autocast) over float32 weights. `fast_matmul` lets float32 products take another kernel (on some AMD CPUs
     twice as fast; of lower precision on others): it is tried once against float64 and refused when off by > 1e-5.
     `keep_memory` lets the process keep memory that it frees (glibc only; on a CPU a quarter to a half less time for
-    layers of some size). `prismoe doctor` tries both. `experts` says by what function those of a mixture compute, see
-    `train.experts`.
+    layers of some size). `prismoe doctor` tries both. `experts` says by what function those of a mixture compute:
+    "auto" follows from device and sizes (`train.experts`), "fastest" from a trial at the begin (`train.fastest`).
     `router` is the policy for a mixture's routers (ignored by a dense model) and `arguments` are its own; of several
     policies, which work in their order, `arguments` has a mapping for each that needs one. `unfold_scale` takes the
     scale of the plan out of down_proj while training, if that is exact (auto), or refuses to train otherwise (true).
@@ -87,7 +87,7 @@ class PretrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     fast_matmul: bool = False
     keep_memory: bool = False
-    experts: Literal["auto", "sorted", "grouped_mm", "eager"] = "auto"
+    experts: Literal["auto", "fastest", "sorted", "grouped_mm", "eager"] = "auto"
     router: str | tuple[str, ...] = "switch"
     arguments: dict[str, Any] = field(default_factory=dict)
     unfold_scale: Literal["auto"] | bool = "auto"
