@@ -34,11 +34,24 @@ def load_probabilities(
     clean_TE: torch.Tensor, noise_TE: torch.Tensor, sigma_TE: torch.Tensor, *, top_k: int, compat: bool = False
 ) -> torch.Tensor:
     """P(expert is kept | noise of the others) [T, E]; `noise` is ε·σ. Needs top_k < E."""
-    import torch
-
     noisy_TE = clean_TE + noise_TE
     top_TK = noisy_TE.topk(top_k + 1, dim=-1).values
-    when_in_T1, when_out_T1 = top_TK[:, top_k:], top_TK[:, top_k - 1 : top_k]
+    return _kept_probabilities(clean_TE, noise_TE, sigma_TE, noisy_TE, top_TK, compat=compat)
+
+
+def _kept_probabilities(
+    clean_TE: torch.Tensor,
+    noise_TE: torch.Tensor,
+    sigma_TE: torch.Tensor,
+    noisy_TE: torch.Tensor,
+    top_TK: torch.Tensor,
+    *,
+    compat: bool,
+) -> torch.Tensor:
+    """The same, where the K+1 greatest noisy logits are known."""
+    import torch
+
+    when_in_T1, when_out_T1 = top_TK[:, -1:], top_TK[:, -2:-1]
     kept_TE = (noise_TE if compat else noisy_TE) > when_in_T1
     threshold_TE = torch.where(kept_TE, when_in_T1, when_out_T1)
     probability_TE: torch.Tensor = torch.special.ndtr((clean_TE - threshold_TE) / sigma_TE)
@@ -66,7 +79,7 @@ class NoisyTopK(Policy):
         self._rules = [weighting(router) for router in routers]
         self._noise_ED: list[torch.nn.Parameter] = []
         self._sums: list[torch.Tensor | None] = [None] * len(routers)
-        self._terms = (0.0, 0.0)
+        self._terms: torch.Tensor | None = None
         for layer, (router, rule) in enumerate(zip(routers, self._rules, strict=True)):
             if rule.bias_E is not None and bool(rule.bias_E.any()):
                 raise UsageError(
@@ -91,11 +104,13 @@ class NoisyTopK(Policy):
         # One collective for the importance and load of all layers [L, 2, E].
         sums = self._all_reduce(torch.stack([part for part in self._sums if part is not None]))
         importance_L, load_L = balance_terms(sums[:, 0]), balance_terms(sums[:, 1])
-        self._terms = (float(importance_L.detach().sum()), float(load_L.detach().sum()))
+        # Numbers for the log stay where they are until somebody asks: a device would be waited for at each micro-batch.
+        self._terms = torch.stack([importance_L.detach().sum(), load_L.detach().sum()])
         return self._coefficient * (importance_L + load_L).sum()
 
     def metrics(self) -> dict[str, float]:
-        return {"importance_cv2": self._terms[0], "load_cv2": self._terms[1]}
+        importance, load = (0.0, 0.0) if self._terms is None else self._terms.tolist()
+        return {"importance_cv2": importance, "load_cv2": load}
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {f"{router.name}.noise": weight for router, weight in zip(self.routers, self._noise_ED, strict=True)}
@@ -105,7 +120,7 @@ class NoisyTopK(Policy):
         import torch.nn.functional as F
 
         from prismoe.train.noise import normal
-        from prismoe.train.weighting import at_least_float32, reroute
+        from prismoe.train.weighting import at_least_float32
 
         rule = self._rules[layer]
 
@@ -118,17 +133,19 @@ class NoisyTopK(Policy):
             numbers_T = moment.token_numbers_T.to(clean_TE.device)
             noise_TE = normal(moment.seed, moment.step, layer, numbers_T, router.num_experts) * sigma_TE
             noisy_TE = clean_TE + noise_TE
-            chosen_TK = noisy_TE.topk(router.top_k, dim=-1).indices
+            # One search serves the choice and the thresholds of the load, one softmax the experts and the importance.
+            top_TK, order_TK = noisy_TE.topk(min(router.top_k + 1, router.num_experts), dim=-1)
+            chosen_TK = order_TK[:, : router.top_k].contiguous()
             weights_TK = rule.weights(noisy_TE, chosen_TK)
             importance_E = torch.zeros_like(clean_TE[0]).index_add(0, chosen_TK.flatten(), weights_TK.flatten())
             if router.top_k < router.num_experts:
-                load_E = load_probabilities(clean_TE, noise_TE, sigma_TE, top_k=router.top_k, compat=self._compat).sum(
+                load_E = _kept_probabilities(clean_TE, noise_TE, sigma_TE, noisy_TE, top_TK, compat=self._compat).sum(
                     dim=0
                 )
             else:
                 load_E = torch.full_like(importance_E, len(clean_TE))
             self._sums[layer] = torch.stack([importance_E, load_E])
-            return reroute(rule, routed, chosen_TK, noisy_TE)
+            return Routed(noisy_TE, weights_TK.to(routed.weights_TK.dtype), chosen_TK)
 
         return change
 
