@@ -238,6 +238,26 @@ def test_a_judge_that_is_gone_ends_the_job_and_what_is_judged_stays(tmp_path: Pa
         Endpoint(url, pause=0.001).complete({}, stop=Event())
 
 
+def test_an_interrupted_judging_keeps_what_it_has(tmp_path: Path) -> None:
+    answered(tmp_path)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with judge() as (url, seen):
+        with pytest.raises(KeyboardInterrupt):
+            grade(tmp_path, endpoint=Endpoint(url), parallel=1, on_progress=interrupt)
+        path = tmp_path / "out" / "model_judgment" / "j_1_single.jsonl"
+        kept = path.read_bytes()
+        assert kept.count(b"\n") == 2
+        path.write_bytes(kept + kept[:-20])  # a third and fourth line, cut off while they were written
+        before = len(seen)
+        again = grade(tmp_path, endpoint=Endpoint(url))
+    assert (again.kept, again.scores[-1].judged, len(seen) - before) == (2, 6, 4)
+    assert path.read_bytes().count(b"\n") == 6
+
+
 def test_the_key_goes_to_the_judge_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answered(tmp_path)
     monkeypatch.setenv("JUDGE_KEY", KEY)

@@ -172,8 +172,8 @@ def _asked(
                         raise ResourceError(found, where=error.where, hint=hint) from error
                     continue
                 in_a_row = 0
+                yield waiting[future], text  # kept, before anything else can happen
                 on_progress("judgments", done, len(requests))
-                yield waiting[future], text
         finally:  # also when the one who reads has stopped
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
