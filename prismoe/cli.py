@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -106,7 +107,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="prismoe", add_help=False, allow_abbrev=False)
     parser.add_argument("verb", nargs="?")
     parser.add_argument("rest", nargs="*")
-    for name in ("--dry-run", "--json", "--offline", "--force", "--debug", "--help", "--version"):
+    for name in ("--dry-run", "--json", "--offline", "--force", "--no-verify", "--debug", "--help", "--version"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("-h", dest="help", action="store_true")
     parser.add_argument("--out")
@@ -126,6 +127,7 @@ options:
   --dry-run    check everything, estimate, write nothing
   --force      make again what was made with other settings
   --offline    open no socket
+  --no-verify  read finished folders without hashing their files first
   --for A,B    choose a target that is right in these engines (`convert.engines`): transformers5, transformers4,
                vllm, sglang, gguf, mlx; widths: convert.pad_to=256 for K-quants of gguf, 128 x ranks for block FP8
   --compare A B  with plan: how far two plan files agree
@@ -212,10 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"
         from prismoe.console import Screen
+        from prismoe.folder import unchecked
 
         screen = Screen(json=as_json)
         job = _job(flags, screen)
-        screen.result({"verb": flags.verb, **VERBS[flags.verb].work(job)})
+        with unchecked() if flags.no_verify else nullcontext():
+            screen.result({"verb": flags.verb, **VERBS[flags.verb].work(job)})
         return 0
     except BrokenPipeError:
         # The reader has gone (| head); Python would complain again when it flushes at exit.

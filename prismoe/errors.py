@@ -27,6 +27,7 @@ class PrismoeError(ValueError):
     """
 
     exit_code = 1
+    lines = False  # whether there may be several, each a problem of its own
 
     def __init__(self, found: str, *, where: str = "", needed: str = "", hint: str = "") -> None:
         self.found, self.where, self.needed, self.hint = found, where, needed, hint
@@ -35,13 +36,14 @@ class PrismoeError(ValueError):
             line += f"; needed {needed}"
         if hint:
             line += f" (hint: {hint})"
-        super().__init__(line)
+        super().__init__(_for_a_terminal(line, lines=self.lines))
 
 
 class UsageError(PrismoeError):
     """A wrong argument, config key or combination of them."""
 
     exit_code = 2
+    lines = True
 
 
 class InputError(PrismoeError):
@@ -66,3 +68,18 @@ class InterruptedRun(PrismoeError):
     """Stopped before the end; the same command continues."""
 
     exit_code = 75
+
+
+MAX_LINE = 1000
+
+
+def _for_a_terminal(text: str, *, lines: bool) -> str:
+    """What a file said is shown, not obeyed: no control characters, no line without end."""
+    if lines and "\n" in text:
+        return "\n".join(_for_a_terminal(line, lines=False) for line in text.split("\n"))
+    if not text.isprintable():
+        text = "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+            for letter in " ".join(text.split())
+        )
+    return text if len(text) <= MAX_LINE else f"{text[: MAX_LINE - 300]} … {text[-290:]}"

@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prismoe.errors import InputError, ResourceError
+from prismoe.strictjson import MAX_BYTES, read_json
 
 __all__ = [
     "FileEntry",
     "Manifest",
+    "check_once",
     "claim",
     "fsync_folder",
     "hash_files",
     "make_folder",
     "remove_folder",
     "sha256_file",
+    "unchecked",
     "versions",
     "write_atomic",
     "write_json_atomic",
@@ -94,8 +97,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json_atomic(path: Path, obj: object) -> None:
     """`write_atomic` of readable JSON with sorted keys: equal objects give equal bytes. NaN is refused."""
+    write_atomic(path, _json_bytes(obj))
+
+
+def _json_bytes(obj: object) -> bytes:
     text = json.dumps(obj, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    return (text + "\n").encode()
 
 
 def sha256_file(path: Path) -> str:
@@ -136,23 +143,50 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=versions)
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`; call it last, after every file of the folder is in place."""
-        write_json_atomic(folder / MANIFEST, asdict(self))
+        """Write `manifest.json`; call it last, after every file of the folder is in place.
+
+        It carries the sha256 of its own other lines: it is a file that can be damaged like the others.
+        """
+        body = asdict(self)
+        write_json_atomic(folder / MANIFEST, {**body, "sha256": hashlib.sha256(_json_bytes(body)).hexdigest()})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
         """The manifest of a complete folder, None when there is none.
 
         Raises:
-            InputError: `manifest.json` is there but is not one of ours.
+            InputError: `manifest.json` is there but is not one of ours, or not what was written.
         """
         path = Path(folder) / MANIFEST
-        try:
-            return cls(**json.loads(path.read_bytes()))
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.is_file():
             return None
-        except (TypeError, ValueError) as error:
-            raise InputError(f"not a readable manifest ({error})", where=str(path)) from error
+        body = read_json(path)
+        stated = body.pop("sha256", None)  # one that was written by hand has none
+        try:
+            found = cls(**body)
+        except TypeError as error:
+            raise InputError(f"not a readable manifest ({error})"[:200], where=str(path)) from error
+        if problem := _misshapen(found):
+            raise InputError(f"not a readable manifest ({problem})"[:200], where=str(path))
+        if stated is not None:
+            written = {**body, "sha256": hashlib.sha256(_json_bytes(body)).hexdigest()}
+            if _json_bytes(written) != path.read_bytes():
+                raise InputError("was changed after it was written", where=str(path), hint="make the folder again")
+        return found
+
+    @classmethod
+    def ours(cls, folder: Path) -> Manifest | None:
+        """`read`, but None where a stranger's folder has some other `manifest.json`.
+
+        Raises:
+            InputError: it is one of ours, and damaged.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return None
+        data = path.read_bytes()
+        known = sum(f'"{name}"'.encode() in data for name in cls.__dataclass_fields__)
+        return cls.read(folder) if known > 2 else None  # one wrong bit spoils one name
 
     def check(self, folder: Path) -> None:
         """Compare size and sha256 of every file.
@@ -161,17 +195,7 @@ class Manifest:
             InputError: a file is missing or is not what was written.
         """
         for name, entry in self.files.items():
-            path = Path(folder) / name
-            if not path.is_file():
-                raise InputError("listed in the manifest but missing", where=str(path))
-            if (size := path.stat().st_size) != entry["bytes"]:
-                raise InputError(f"{size} bytes", where=str(path), needed=f"{entry['bytes']} (manifest.json)")
-            if (found := sha256_file(path)) != entry["sha256"]:
-                raise InputError(
-                    f"sha256 {found[:12]}… differs from the manifest's {entry['sha256'][:12]}…",
-                    where=str(path),
-                    hint="the file was changed after it was written; make the folder again",
-                )
+            _check_file(Path(folder) / name, entry)
 
     @staticmethod
     def remove(folder: Path) -> None:
@@ -182,6 +206,81 @@ class Manifest:
     def same_work(self, kind: str, key: str) -> bool:
         """Whether this is the finished result of the same job."""
         return self.kind == kind and self.key == key
+
+
+def _misshapen(manifest: Manifest) -> str:
+    """What is wrong with the types and names of a manifest that was read, or nothing."""
+    for name in ("parents", "versions"):
+        table = getattr(manifest, name)
+        if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+            return f"{name} is not a map of strings"
+    if not isinstance(manifest.kind, str) or not isinstance(manifest.key, str) or not isinstance(manifest.config, dict):
+        return "kind, key or config"
+    if not isinstance(manifest.files, dict):
+        return "files is not a map"
+    for name, entry in manifest.files.items():
+        if not isinstance(entry, dict) or entry.keys() != {"sha256", "bytes"}:
+            return f"{name!r} has not sha256 and bytes"
+        if not isinstance(entry["sha256"], str) or type(entry["bytes"]) is not int:
+            return f"{name!r} has not sha256 and bytes"
+        if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+            return f"{name!r} is not a name in the folder"
+    return ""
+
+
+def _check_file(path: Path, entry: FileEntry) -> None:
+    """Compare one file with its entry, see `Manifest.check`."""
+    if not path.is_file():
+        raise InputError("listed in the manifest but missing", where=str(path))
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise InputError(f"{size} bytes", where=str(path), needed=f"{entry['bytes']} (manifest.json)")
+    if (found := sha256_file(path)) != entry["sha256"]:
+        raise InputError(
+            f"sha256 {found[:12]}… differs from the manifest's {entry['sha256'][:12]}…",
+            where=str(path),
+            hint="the file was changed after it was written; make the folder again, or --no-verify",
+        )
+
+
+_checking = True
+_intact: set[tuple[str, int, int, int, str]] = set()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Within it, finished folders are read without hashing their files (`--no-verify`)."""
+    global _checking
+    before, _checking = _checking, False
+    try:
+        yield
+    finally:
+        _checking = before
+
+
+def check_once(folder: Path, names: Iterable[str] | None = None, *, manifest: Manifest | None = None) -> None:
+    """Hash files of a finished folder of ours before they are read; a folder without a manifest passes.
+
+    Each file once in a process, as long as nobody writes it again, and by one process of a machine. `names` that the
+    manifest does not list pass as well; None: all that it lists.
+
+    Raises:
+        InputError: a file is missing or is not what was written; names it.
+    """
+    if not _checking or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    manifest = Manifest.ours(folder) if manifest is None else manifest
+    if manifest is None:
+        return
+    for name in manifest.files if names is None else names:
+        if (entry := manifest.files.get(name)) is None:
+            continue
+        path = Path(folder) / name
+        facts = path.stat() if path.is_file() else None
+        state = facts and (str(path), facts.st_ino, facts.st_mtime_ns, facts.st_size, entry["sha256"])
+        if state is None or state not in _intact:
+            _check_file(path, entry)
+        if state is not None:
+            _intact.add(state)
 
 
 def _marker(out: Path) -> Mapping[str, Any] | None:

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from prismoe.errors import InputError, ResourceError
-from prismoe.folder import Manifest, claim, hash_files, sha256_file, write_atomic, write_json_atomic
+from prismoe.folder import (
+    Manifest,
+    check_once,
+    claim,
+    hash_files,
+    sha256_file,
+    unchecked,
+    write_atomic,
+    write_json_atomic,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -90,11 +99,63 @@ def test_manifest_sees_every_change(tmp_path: Path, damage, line: str) -> None: 
     assert str(caught.value).startswith(f"{tmp_path / 'a.bin'}: {line}")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": 1', '{"kind":"a","surprise":1}'])
-def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, text: str) -> None:
+REST = '"kind":"a","key":"","config":{},"versions":{}'
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "not valid JSON (Expecting value: line 1 column 1 (char 0))"),
+        ("[]", "JSON list; needed an object"),
+        ("{}", "not a readable manifest (Manifest.__init__() missing 4 required positional arguments"),
+        ('{"kind": 1', "not valid JSON (Expecting ',' delimiter: line 1 column 11 (char 10))"),
+        ('{"kind":"a","surprise":1}', "not a readable manifest (Manifest.__init__() got an unexpected keyword"),
+        ('{"kind":"a","kind":"b"}', "key 'kind' appears twice"),
+        (f'{{{REST},"parents":[],"files":{{}}}}', "not a readable manifest (parents is not a map of strings)"),
+        (f'{{{REST},"parents":{{}},"files":[]}}', "not a readable manifest (files is not a map)"),
+        (f'{{{REST},"parents":{{}},"files":{{"a":1}}}}', "not a readable manifest ('a' has not sha256 and bytes)"),
+        (
+            f'{{{REST},"parents":{{}},"files":{{"../a":{{"sha256":"","bytes":1}}}}}}',
+            "not a readable manifest ('../a' is not a name in the folder)",
+        ),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused(tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match="not a readable manifest"):
+    with pytest.raises(InputError) as caught:
         Manifest.read(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'}: {line}")
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    manifest(tmp_path).write(tmp_path)
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    assert Manifest.ours(tmp_path) is not None
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"manifest\.json"):
+            Manifest.ours(tmp_path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match="was changed after it was written"):
+        Manifest.read(tmp_path)
+    path.write_text('{"manifest_version": 3, "name": "of something else"}')
+    assert Manifest.ours(tmp_path) is None
+
+
+def test_files_are_hashed_before_they_are_read_once_each(tmp_path: Path) -> None:
+    manifest(tmp_path).write(tmp_path)
+    path = tmp_path / "a.bin"
+    check_once(tmp_path)
+    path.write_bytes(b"abd")
+    with pytest.raises(InputError, match=r"a\.bin: sha256 .*--no-verify"):
+        check_once(tmp_path)
+    with unchecked():
+        check_once(tmp_path)
+    check_once(tmp_path, ["not listed"])
+    check_once(tmp_path / "none")
 
 
 def test_claim_marks_continues_and_refuses(tmp_path: Path) -> None:

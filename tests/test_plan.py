@@ -302,6 +302,7 @@ def test_load_refuses_what_a_plan_may_not_say(tmp_path: Path, plan: Plan, proble
 def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     """The plan file with another header."""
     infos, header = read_header(path)
+    del header["sha256"]  # what a person who writes plans by hand does not compute
     body = json.loads(header["plan"])
     edit(body)
     data = path.read_bytes()[min(info.start for info in infos.values()) :]
@@ -336,6 +337,17 @@ def test_load_refuses_a_hostile_header(tmp_path: Path, edit: Callable[[dict[str,
     path = edited(handmade().save(tmp_path / "plan.safetensors"), edit)
     with pytest.raises(InputError, match=problem):
         Plan.load(path)
+
+
+def test_every_bit_of_a_plan_counts(tmp_path: Path) -> None:
+    path = handmade().save(tmp_path / "plan.safetensors")
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"plan\.safetensors"):
+            Plan.load(path)
 
 
 def test_load_refuses_other_files(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
+from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, read_header
 from prismoe.errors import InputError
 from prismoe.folder import write_atomic
+from prismoe.strictjson import parse_json
 
 __all__ = ["States", "read_progress", "write_progress"]
 

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.checkpoint.tensorfile import DTYPES, TensorInfo, parse_json, read_header
+from prismoe.checkpoint.stockconfig import refuse_code
+from prismoe.checkpoint.tensorfile import DTYPES, TensorInfo, read_header
 from prismoe.errors import InputError
+from prismoe.folder import Manifest, check_once
+from prismoe.strictjson import read_json
 
 if TYPE_CHECKING:
     from prismoe.checkpoint.family import DenseConfig, Rows
@@ -61,18 +64,24 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, checked: bool = True) -> None:
         self.folder = folder
+        self._manifest = Manifest.ours(folder) if checked else None
+        if self._manifest is not None:  # what is small now, each shard when it is read
+            small = [name for name in self._manifest.files if not name.endswith(".safetensors")]
+            small = [name for name in small if (folder / name).is_file()]  # a plan may be left behind
+            check_once(folder, small, manifest=self._manifest)
         self.config = _read_config(folder)
         self.tensors = MappingProxyType(_read_tensors(folder))
         self._maps: dict[Path, mmap.mmap] = {}
 
     @classmethod
-    def open(cls, source: str | Path | Checkpoint, *, offline: bool = False) -> Checkpoint:
+    def open(cls, source: str | Path | Checkpoint, *, offline: bool = False, checked: bool = True) -> Checkpoint:
         """Open a local folder or a hub name ("owner/model", fetched once into the hub cache).
 
         A folder with `config.json` alone is enough for planning; `has_weights` tells. With `offline` no socket is
-        opened: a hub name must already be in the cache.
+        opened: a hub name must already be in the cache. Where the folder has a manifest of ours, its files are hashed
+        before they are read, unless `checked` is False.
 
         Raises:
             InputError: not a checkpoint, damaged, quantised, pickle-only, or needs code from the folder.
@@ -86,7 +95,7 @@ class Checkpoint:
             if not _HUB_NAME.fullmatch(str(source)):
                 raise InputError("no such folder", where=str(source), needed="a checkpoint folder or a hub name")
             folder = _from_hub(str(source), offline=offline)
-        return cls(folder)
+        return cls(folder, checked=checked)
 
     @property
     def donors(self) -> tuple[Checkpoint, ...]:
@@ -147,9 +156,19 @@ class Checkpoint:
         bare = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         return fingerprint in (self.fingerprint, bare.hexdigest())
 
+    def check(self, file: Path) -> None:
+        """Before a shard is read: hash it where the folder has a manifest, see `prismoe.folder.check_once`.
+
+        Raises:
+            InputError: it is not what was written.
+        """
+        if self._manifest is not None:
+            check_once(self.folder, [file.name], manifest=self._manifest)
+
     def map(self, file: Path) -> mmap.mmap:
         """A shard as read-only memory; its pages belong to the page cache, not to us."""
         if file not in self._maps:
+            self.check(file)
             with file.open("rb") as handle:
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ)
         return self._maps[file]
@@ -193,7 +212,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError("no config.json", where=str(folder), needed="a Hugging Face checkpoint folder")
     _check_inside(folder, path)
     where = str(path)
-    config = parse_json(path.read_bytes(), where=where)
+    config = read_json(path)
     # A layout that we read ourselves needs none of its code: see `prismoe/importing`.
     if config.get("auto_map") and config.get("model_type") not in OWN_READERS:
         raise InputError(
@@ -201,6 +220,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             where=f"{where}: auto_map",
             hint="use a checkpoint of a stock architecture; remove the key only if the model code is stock",
         )
+    refuse_code(config, where=where)
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise InputError(
@@ -241,7 +261,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _from_index(folder: Path, index: Path) -> dict[str, TensorInfo]:
     where = str(index)
-    weight_map = parse_json(index.read_bytes(), where=where).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("no weight_map", where=where)
     for key, name in weight_map.items():

@@ -15,8 +15,8 @@ from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.family import DenseConfig, check_tensors
-from prismoe.checkpoint.tensorfile import parse_json
 from prismoe.errors import InputError
+from prismoe.strictjson import read_json
 
 __all__ = ["Branched", "branch_key"]
 
@@ -45,6 +45,7 @@ class Branched(Checkpoint):
             {branch_key(n, name): info for n, donor in enumerate(self._donors) for name, info in donor.tensors.items()}
         )
         self._maps = {}
+        self._manifest = None
 
     @classmethod
     def beside(
@@ -80,6 +81,12 @@ class Branched(Checkpoint):
     @property
     def donors(self) -> tuple[Checkpoint, ...]:
         return self._donors
+
+    def check(self, file: Path) -> None:
+        """By the donor whose shard it is."""
+        for donor in self._donors:
+            if file.parent == donor.folder:
+                donor.check(file)
 
     @property
     def has_weights(self) -> bool:
@@ -153,7 +160,7 @@ def _tokenizers(donors: Sequence[Checkpoint]) -> Iterator[str]:
 
 def _spelling(path: Path) -> str:
     """Over what decides the ids of a text."""
-    parts = parse_json(path.read_bytes(), where=str(path))
+    parts = read_json(path)
     return hashlib.sha256(repr([_plain(parts.get(name)) for name in SPELLING]).encode()).hexdigest()[:12]
 
 

@@ -5,6 +5,7 @@ Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -18,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.errors import InputError
+from prismoe.strictjson import MAX_BYTES, parse_json
 
-__all__ = ["DTYPES", "TensorInfo", "header_bytes", "parse_json", "read_header", "tensor_bytes"]
-
-MAX_HEADER = 100_000_000
+__all__ = ["DTYPES", "TensorInfo", "header_bytes", "read_header", "read_sealed", "sealed_bytes", "tensor_bytes"]
 
 DTYPES: dict[str, npt.DTypeLike] = {
     "BOOL": np.bool_,
@@ -61,35 +61,6 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return ITEM_BYTES[dtype] * math.prod(shape)
 
 
-def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
-    """A JSON object; duplicate keys, NaN and anything that is not an object are refused.
-
-    Raises:
-        InputError: with what is wrong.
-    """
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"key {twice!r} appears twice", where=where)
-        return seen
-
-    def no_constant(name: str) -> Any:
-        raise InputError(f"{name} is not JSON", where=where)
-
-    try:
-        found = json.loads(data, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not valid JSON ({error})", where=where) from error
-    if not isinstance(found, dict):
-        raise InputError(f"JSON {type(found).__name__}", where=where, needed="an object")
-    return found
-
-
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors (in file order) and free metadata of a safetensors file. Reads the header only.
 
@@ -106,7 +77,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if len(prefix) < 8:
                 raise InputError(f"{size} bytes", where=where, needed="a safetensors file")
             length: int = struct.unpack("<Q", prefix)[0]
-            if length > MAX_HEADER or 8 + length > size:
+            if length > MAX_BYTES or 8 + length > size:
                 raise InputError(
                     f"header of {length} bytes in a file of {size}",
                     where=where,
@@ -171,3 +142,32 @@ def header_bytes(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % align)
     return struct.pack("<Q", len(text)) + text
+
+
+SEAL = "sha256"
+
+
+def sealed_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], data: bytes, *, metadata: Mapping[str, str]
+) -> bytes:
+    """A whole file that carries the sha256 of everything else in it, for files that no manifest lists."""
+    entries = list(tensors)
+    seal = hashlib.sha256(header_bytes(entries, metadata=metadata) + data).hexdigest()
+    return header_bytes(entries, metadata={**metadata, SEAL: seal}) + data
+
+
+def read_sealed(path: Path, *, keys: set[str]) -> tuple[dict[str, TensorInfo], dict[str, str], bytes]:
+    """`read_header` and the bytes of a whole file; the metadata has `keys`, and a seal unless it was written before.
+
+    Raises:
+        InputError: damaged: it is not what `sealed_bytes` wrote.
+    """
+    infos, metadata = read_header(path)
+    data = path.read_bytes()
+    seal = metadata.pop(SEAL, None)
+    if seal is not None or metadata.keys() - keys:
+        entries = [(name, info.dtype, info.shape) for name, info in infos.items()]
+        start = 8 + struct.unpack("<Q", data[:8])[0]
+        if metadata.keys() - keys or sealed_bytes(entries, data[start:], metadata=metadata) != data:
+            raise InputError("was changed after it was written", where=str(path), hint="make it again")
+    return infos, metadata, data

@@ -76,6 +76,7 @@ class Gatherer:
         files: dict[Path, int] = {}
         try:
             for path in sorted({info.file for info in checkpoint.tensors.values()}):
+                checkpoint.check(path)
                 files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             yield cls(checkpoint, files)
         except OSError as error:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from prismoe.data.bytelevel import ByteLevel
+from prismoe.data.panics import told
 
 __all__ = ["Encoder", "fastest", "plain"]
 
@@ -74,7 +75,8 @@ def fastest(file: Path, tokenizer: Any, sample: Sequence[str]) -> Encoder:
         for name, encode in rivals:
             started = time.process_time()
             try:
-                found, counts = encode(texts)
+                with told(file):
+                    found, counts = encode(texts)
             except Exception:  # noqa: BLE001 - a library that cannot do this tokenizer is not used
                 continue
             seconds = time.process_time() - started

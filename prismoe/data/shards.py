@@ -14,6 +14,7 @@ and adding documents later need; a reader that does not need them never touches 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from prismoe.data.flat import FlatFiles
 from prismoe.errors import InputError, UsageError
-from prismoe.folder import Manifest
+from prismoe.folder import Manifest, check_once
 
 __all__ = ["SPLITS", "Domain", "Shard", "Split", "SplitCounts", "Windows", "heldout_windows", "token_dtype"]
 
@@ -96,20 +97,25 @@ class Domain:
             domain = cls(
                 name=str(config["name"]),
                 folder=folder,
-                vocab_size=int(config["vocab_size"]),
-                start_token=None if config["start_token"] is None else int(config["start_token"]),
-                end_token=int(config["end_token"]),
+                vocab_size=_count(config["vocab_size"], most=1 << 32),
+                start_token=None if config["start_token"] is None else _count(config["start_token"]),
+                end_token=_count(config["end_token"]),
                 tokenizer_sha256=str(config["tokenizer_sha256"]),
-                splits={split: SplitCounts(**config["splits"][split]) for split in SPLITS},
+                splits={split: _counts(config["splits"][split]) for split in SPLITS},
                 shards={
-                    split: tuple(Shard(row["name"], SplitCounts(**row["counts"])) for row in config["shards"][split])
+                    split: tuple(Shard(_plain(row["name"]), _counts(row["counts"])) for row in config["shards"][split])
                     for split in SPLITS
                 },
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not a readable manifest ({error!r})", where=str(folder / "manifest.json")) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            where = str(folder / "manifest.json")
+            raise InputError(f"not a readable manifest ({error!r})"[:200], where=where) from error
         itemsize = token_dtype(domain.vocab_size).itemsize
         for split, counts in domain.splits.items():
+            held = [shard.counts for shard in domain.shards[split]]
+            for name in vars(counts):
+                if sum(getattr(part, name) for part in held) != getattr(counts, name):
+                    raise InputError(f"shards do not add up to {name} of {split}", where=str(folder / "manifest.json"))
             for shard in domain.shards[split]:
                 check_size(folder / f"{shard.name}.tokens", shard.counts.num_tokens * itemsize)
             check_size(folder / f"{split}.ends", counts.num_documents * 16)
@@ -128,20 +134,47 @@ class Domain:
         return self.splits["train"].num_bytes
 
     def tokens(self, split: Split = "train") -> npt.NDArray[np.unsignedinteger[Any]]:
-        """All ids of a split, [num_tokens] uint16 or uint32, memory-mapped; `FlatFiles` where shards are several."""
+        """All ids of a split, [num_tokens] uint16 or uint32, memory-mapped; `FlatFiles` where shards are several.
+
+        Raises:
+            InputError: a file is not what was written; each is hashed once in a process (`prismoe.folder.unchecked`).
+        """
         dtype = token_dtype(self.vocab_size)
         shards = [shard for shard in self.shards[split] if shard.counts.num_tokens]  # nothing cannot be mapped
         files = [self.folder / f"{shard.name}.tokens" for shard in shards]
+        check_once(self.folder, [path.name for path in files])
         if len(files) == 1:
             return np.memmap(files[0], dtype, mode="r")
         flat: Any = FlatFiles(files, [shard.counts.num_tokens for shard in shards], dtype)
         return cast(npt.NDArray[np.unsignedinteger[Any]], flat)
 
     def ends(self, split: Split = "train") -> IdArray:
-        """[num_documents, 2] int64, memory-mapped: tokens and bytes of text up to the end of each document."""
+        """[num_documents, 2] int64, memory-mapped: tokens and bytes of text up to the end of each document.
+
+        Raises:
+            InputError: as `tokens`.
+        """
         if not self.splits[split].num_documents:
             return np.empty((0, 2), np.int64)
+        check_once(self.folder, [f"{split}.ends"])
         return np.memmap(self.folder / f"{split}.ends", np.dtype("<i8"), mode="r").reshape(-1, 2)
+
+
+def _count(value: Any, most: int = 1 << 62) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
+def _counts(row: Any) -> SplitCounts:
+    return SplitCounts(**{name: _count(value) for name, value in row.items()})
+
+
+def _plain(name: Any) -> str:
+    """A file name that stays in its folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,199}", name):
+        raise TypeError(f"{name!r} is not a file name")
+    return name
 
 
 def check_size(path: Path, expected: int) -> None:
@@ -156,6 +189,13 @@ def check_size(path: Path, expected: int) -> None:
             needed=f"{expected} (manifest.json)",
             hint="make the domain again with `prismoe prepare --force`",
         )
+
+
+def _check_ends(domain: Domain, ends: IdArray, num_tokens: int) -> None:
+    """Documents follow each other and end within the tokens."""
+    steps = np.diff(ends, axis=0, prepend=0) if len(ends) else ends
+    if len(ends) and (steps[:, 0].min() < 1 or steps[:, 1].min() < 0 or ends[-1, 0] > num_tokens):
+        raise InputError("documents do not follow each other", where=str(domain.folder / "heldout.ends"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,6 +250,7 @@ def heldout_windows(
     ends, tokens = domain.ends("heldout"), domain.tokens("heldout")
     if max_tokens is not None:
         ends = ends[: max(1, int(np.searchsorted(ends[:, 0], max_tokens, side="right")))]
+    _check_ends(domain, ends, len(tokens))
     first = np.concatenate([[0], ends[:-1, 0]])
     first += tokens[first] == (-1 if domain.start_token is None else domain.start_token)
     last = ends[:, 0] - 1

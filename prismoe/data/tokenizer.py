@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from prismoe.data.encoder import Encoder, fastest, plain
+from prismoe.data.panics import told
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.strictjson import read_json
 
 __all__ = ["DocumentTokenizer"]
 
@@ -51,32 +52,35 @@ class DocumentTokenizer:
             raise InputError(
                 "no tokenizer.json", where=str(source), hint="save the fast tokenizer beside the model's config.json"
             )
-        try:
+        with told(path):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"not a readable fast tokenizer ({error})", where=str(path)) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            tokenizer.encode_special_tokens = True
         names = {
             **_object(path.with_name("special_tokens_map.json")),
             **_object(path.with_name("tokenizer_config.json")),
         }
         config = _object(path.with_name("config.json"))
-        end_token = _special(tokenizer, names, config, "eos")
+        with told(path):
+            end_token = _special(tokenizer, names, config, "eos")
+            unknown_token = _special(tokenizer, names, {}, "unk")
+            known = tokenizer.get_vocab_size()
         if end_token is None:
             raise InputError(
                 "no end token that the tokenizer knows",
                 where=str(path),
                 needed="eos_token in tokenizer_config.json beside it, or eos_token_id in config.json",
             )
+        with told(path):
+            start_token = _start(tokenizer, end_token, str(path)) if add_special_tokens else None
         vocab_size = config.get("vocab_size")
         return cls(
             sha256=sha256_file(path),
-            vocab_size=vocab_size if isinstance(vocab_size, int) else tokenizer.get_vocab_size(),
-            start_token=_start(tokenizer, end_token, str(path)) if add_special_tokens else None,
+            vocab_size=vocab_size if type(vocab_size) is int and 0 < vocab_size <= 1 << 32 else known,
+            start_token=start_token,
             end_token=end_token,
-            unknown_token=_special(tokenizer, names, {}, "unk"),
+            unknown_token=unknown_token,
             encoder=plain(tokenizer),
             _tokenizer=tokenizer,
             _file=path,
@@ -84,7 +88,8 @@ class DocumentTokenizer:
 
     def quicker(self, sample: Sequence[str]) -> DocumentTokenizer:
         """The same with the fastest installed encoder that gives the same ids for `sample` and for hostile text."""
-        return replace(self, encoder=fastest(self._file, self._tokenizer, sample))
+        with told(self._file):
+            return replace(self, encoder=fastest(self._file, self._tokenizer, sample))
 
     def encode(self, documents: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Ids of each document. Runs on all cores; the result does not depend on how many."""
@@ -93,7 +98,8 @@ class DocumentTokenizer:
 
     def encode_flat(self, documents: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of all documents one after the other, uint32 [tokens], and where each ends, int64 [documents]."""
-        ids, lengths = self.encoder.encode(documents)
+        with told(self._file):
+            ids, lengths = self.encoder.encode(documents)
         lengths = lengths + (1 if self.start_token is None else 2)
         ends = np.cumsum(lengths)
         found = np.empty(int(ends[-1]) if len(ends) else 0, np.uint32)
@@ -108,13 +114,7 @@ class DocumentTokenizer:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"invalid JSON ({error})", where=str(path)) from error
-    return found if isinstance(found, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _special(tokenizer: Any, names: dict[str, Any], config: dict[str, Any], role: str) -> int | None:
@@ -126,7 +126,8 @@ def _special(tokenizer: Any, names: dict[str, Any], config: dict[str, Any], role
         return found
     number = config.get(f"{role}_token_id")
     number = number[0] if isinstance(number, list) and number else number
-    return number if isinstance(number, int) and tokenizer.id_to_token(number) is not None else None
+    known = type(number) is int and 0 <= number < 1 << 32 and tokenizer.id_to_token(number) is not None
+    return number if known else None
 
 
 def _start(tokenizer: Any, end_token: int, where: str) -> int | None:

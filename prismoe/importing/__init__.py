@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.checkpoint import Checkpoint
-from prismoe.checkpoint.tensorfile import header_bytes, parse_json, read_header
+from prismoe.checkpoint.tensorfile import header_bytes, read_header
 from prismoe.convert.layout import lay_out
 from prismoe.convert.stream import Output, Written, check_room, finished, job_key, write_output
 from prismoe.data.shards import Domain
@@ -22,6 +22,7 @@ from prismoe.errors import InputError, InterruptedRun, UsageError
 from prismoe.folder import MANIFEST, FileEntry, claim, sha256_file, write_atomic
 from prismoe.importing.llama_moe import LlamaMoe, mixtral_recipes, read_llama_moe
 from prismoe.progress import Progress, quiet
+from prismoe.strictjson import parse_json
 from prismoe.target import check_rows, moe_config
 from prismoe.targets import find_target
 from prismoe.train.fit import check_fit

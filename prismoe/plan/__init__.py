@@ -14,7 +14,7 @@ import numpy.typing as npt
 from prismoe import registry
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.branches import Branched
-from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
+from prismoe.checkpoint.tensorfile import DTYPES, read_sealed, sealed_bytes
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, sha256_file, write_atomic
 from prismoe.layerplan import LayerPlan, LayerView, RouterDraw, layer_problem, no_statistics
@@ -22,6 +22,7 @@ from prismoe.plan.planfile import pack_layer, unpack_layer
 from prismoe.plan.rescale import Scale, rescaled
 from prismoe.routerinit import Router
 from prismoe.stats.calibration import Calibration
+from prismoe.strictjson import parse_json
 
 __all__ = [
     "LayerPlan",
@@ -97,7 +98,7 @@ class Plan:
         header, tensors = _pack(self)
         entries = [(name, "F32" if a.dtype == np.float32 else "I32", a.shape) for name, a in tensors.items()]
         data = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in tensors.values())
-        return header_bytes(entries, metadata=header) + data
+        return sealed_bytes(entries, data, metadata=header)
 
     def save(self, path: str | Path) -> Path:
         """Write the plan into one file.
@@ -306,10 +307,9 @@ def _pack(plan: Plan) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
 
 def _unpack(path: Path) -> Plan:
     where = str(path)
-    infos, header = read_header(path)
+    infos, header, data = read_sealed(path, keys={"format", "plan"})
     if header.get("format") != FORMAT:
         raise InputError(f"format {header.get('format')!r}", where=where, needed=f"a plan ({FORMAT})")
-    data = path.read_bytes()
     used: set[str] = set()
 
     def stored(name: str, dtype: str) -> npt.NDArray[Any]:

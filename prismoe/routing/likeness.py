@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.checkpoint.tensorfile import header_bytes, parse_json, read_header
+from prismoe.checkpoint.tensorfile import header_bytes, read_header
 from prismoe.errors import InputError
+from prismoe.strictjson import parse_json
 
 __all__ = ["DUPLICATE", "FILE", "FOLDER", "Duplicate", "Similarity"]
 

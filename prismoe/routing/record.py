@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
+from prismoe.checkpoint.tensorfile import DTYPES, read_sealed, sealed_bytes
 from prismoe.errors import InputError
 from prismoe.folder import write_atomic
+from prismoe.strictjson import parse_json
 
 __all__ = ["FILE", "Kind", "RoutingTrace"]
 
@@ -86,7 +87,7 @@ class RoutingTrace:
         facts = {name: getattr(self, name) for name in ("domains", "kinds", "layers", "num_experts", "top_k")}
         text = json.dumps({**facts, "provenance": dict(self.provenance)}, sort_keys=True, allow_nan=False)
         data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays.values())
-        write_atomic(Path(path), header_bytes(entries, metadata={"format": FORMAT, "trace": text}) + data)
+        write_atomic(Path(path), sealed_bytes(entries, data, metadata={"format": FORMAT, "trace": text}))
 
     @classmethod
     def open(cls, path: str | Path) -> RoutingTrace:
@@ -102,7 +103,7 @@ class RoutingTrace:
                 raise InputError("no trace in it", where=str(path), hint="make one with `prismoe trace`")
             path = found[0]
         where = str(path)
-        infos, metadata = read_header(path)
+        infos, metadata, data = read_sealed(path, keys={"format", "trace"})
         if metadata.get("format") != FORMAT or {name: info.dtype for name, info in infos.items()} != {
             name: dtype for name, (dtype, _) in TENSORS.items()
         }:
@@ -119,7 +120,6 @@ class RoutingTrace:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a readable header ({error!r})", where=where) from error
-        data = path.read_bytes()
         arrays = {
             name: np.frombuffer(data, DTYPES[info.dtype], count=math.prod(info.shape), offset=info.start).reshape(
                 info.shape

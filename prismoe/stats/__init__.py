@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, parse_json, read_header
+from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, read_header
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import write_atomic
+from prismoe.strictjson import parse_json
 
 __all__ = ["QUANTITIES", "TENSORS", "NeuronStats", "check_stats"]
 

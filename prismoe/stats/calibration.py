@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from prismoe.checkpoint.tensorfile import DTYPES, header_bytes, read_header
 from prismoe.errors import InputError
-from prismoe.folder import Manifest, write_atomic
+from prismoe.folder import Manifest, check_once, write_atomic
 from prismoe.stats import NeuronStats, check_stats
 
 __all__ = ["KIND", "SEQUENCES", "Calibration", "Sequences", "layer_file"]
@@ -64,6 +64,12 @@ class Sequences:
         return cls(**arrays)
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**53:
+        raise TypeError(f"{value!r} is not a count")
+    return value
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Receipt of `calibrate` and handle on its folder: one file of statistics per layer.
@@ -106,18 +112,21 @@ class Calibration:
             calibration = cls(
                 folder=folder,
                 source=str(manifest.parents["source"]),
-                num_layers=int(result["num_layers"]),
+                num_layers=_count(result["num_layers"]),
                 quantities=tuple(str(name) for name in config["quantities"]),
-                num_clusters=int(result["num_clusters"]),
-                num_sequences=int(result["num_sequences"]),
-                num_tokens=int(result["num_tokens"]),
+                num_clusters=_count(result["num_clusters"]),
+                num_sequences=_count(result["num_sequences"]),
+                num_tokens=_count(result["num_tokens"]),
                 loss=None if result["loss"] is None else float(result["loss"]),
                 cluster_domains=tuple(tuple(int(n) for n in row) for row in result["cluster_domains"]),
                 domains=tuple(str(name) for name in result["domains"]),
                 settings=config,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not a readable manifest ({error!r})", where=str(folder / "manifest.json")) from error
+            if not calibration.num_clusters <= calibration.num_sequences <= calibration.num_tokens:
+                raise ValueError("counts of clusters, sequences and tokens")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            where = str(folder / "manifest.json")
+            raise InputError(f"not a readable manifest ({error!r})"[:200], where=where) from error
         for name in (SEQUENCES, *map(layer_file, range(calibration.num_layers))):
             path, entry = folder / name, manifest.files.get(name)
             size = path.stat().st_size if path.is_file() else None
@@ -137,6 +146,7 @@ class Calibration:
             InputError: the file is damaged or does not fit the others; a data cluster without a sequence.
         """
         path = self.folder / SEQUENCES
+        check_once(self.folder, [SEQUENCES])
         found = Sequences.load(path)
         if {len(found.domain_ids), len(found.windows), len(found.clusters)} != {self.num_sequences}:
             raise InputError(f"{len(found.clusters)} sequences", where=str(path), needed=f"{self.num_sequences}")
@@ -155,6 +165,7 @@ class Calibration:
         if not 0 <= layer < self.num_layers:
             raise InputError(f"no layer {layer}", where=str(self.folder), needed=f"0 to {self.num_layers - 1}")
         path = self.folder / layer_file(layer)
+        check_once(self.folder, [path.name])
         stats = NeuronStats.load(path)
         if stats.layer != layer:
             raise InputError(f"holds layer {stats.layer}", where=str(path))
