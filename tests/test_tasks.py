@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,6 +267,13 @@ def test_progress_and_results_come_as_they_are_made(model, files):
     assert results == found
     assert [now for now in seen if now[1] == now[2]] == [("benchmarks: mmlu", 40, 40), ("benchmarks: piqa", 10, 10)]
     assert json.loads(json.dumps(found[0].to_dict()))["harness"].startswith("lm_eval ")
+
+
+def test_the_page_names_every_file():
+    page = (Path(__file__).parents[1] / "docs" / "evaluate.md").read_text()
+    for task, known in LOCAL.items():
+        for _, name in (*known.scored, *known.shots):
+            assert f"`{name}`" in page or f"`{name.replace(task, 'TASK')}`" in page, name
 
 
 def test_suites_are_those_of_the_paper():
