@@ -109,7 +109,9 @@ class Screen:
         # Names and numbers are never folded; text is, where the terminal is too narrow.
         whole = [(side == "r" or index == 0) and widths[index] <= self.width for index, side in enumerate(sides)]
         needed = [width if kept else min(width, READABLE) for width, kept in zip(widths, whole, strict=True)]
-        for part in _parts(needed, self.width):
+        for number, part in enumerate(_parts(needed, self.width)):
+            if number:
+                self._show("")
             table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=any(columns))
             for index, head in zip(part, _grouped([columns[index] for index in part]), strict=True):
                 table.add_column(

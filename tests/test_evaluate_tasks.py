@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from prismoe.evaluate import benchmarks, evaluate, static_control
 from prismoe.evaluate.tasks import score_tasks, score_wanted
 from prismoe.plan import Plan, make_plan
 from prismoe.run import run
+from tests.benchmarkrows import write_files
 from tests.runs import copy_of, finished, workplace
 
 QUESTION = "why does the old king carry a red umbrella into every one of his seven gardens at night"
@@ -96,6 +101,27 @@ def test_a_stopped_evaluation_goes_on_after_what_is_finished(
         kept.write_text("{")  # damaged: computed again
     assert evaluate({"dense": dense, "moe": moe}, [], **options).to_dict() == resumed.to_dict()
     assert len(seen) == 7
+
+
+def test_a_killed_evaluation_and_the_same_command_again_write_the_same_bytes(tmp_path: Path, files: Path) -> None:
+    folder, out = finished()[0], tmp_path / "out"
+    write_files(files)
+    command = ["eval", str(folder / "dense"), f"eval.models.mixture={folder / 'run/moe'}", "eval.control=none"]
+    command += ["eval.tasks=piqa,mmlu:1,boolq:2", f"eval.files={files}", "--out", str(out), "--offline"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", "prismoe", *command], stdout=log, stderr=log)
+        while not (kept := [*out.glob("eval/*.json")]) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (out / "scores.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == before  # not computed again
+    resumed = (out / "scores.json").read_bytes()
+    shutil.rmtree(out)
+    assert main(command) == 0
+    assert (out / "scores.json").read_bytes() == resumed
 
 
 def test_the_control_keeps_the_most_important_neurons_of_the_dense_model(tmp_path: Path) -> None:

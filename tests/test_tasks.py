@@ -162,8 +162,9 @@ def test_a_missing_harness_says_what_to_install(monkeypatch, files):
 
 def test_checking_files_loads_neither_the_harness_nor_torch(files):
     code = (
-        "import sys; from pathlib import Path; from prismoe.evaluate.tasks import check_tasks; "
-        f"check_tasks(None, ['sciq', 'mmlu:2'], Path({str(files)!r})); "
+        "import sys; from pathlib import Path; from prismoe.evaluate.benchmarks import content, task_files; "
+        f"from prismoe.evaluate.tasks import check_tasks; files = Path({str(files)!r}); "
+        "check_tasks(None, ['sciq', 'mmlu:2'], files); content(files); task_files(None, ['sciq'], files); "
         "print([name for name in ('lm_eval', 'torch') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.errors import InputError
-from prismoe.evaluate.tasks import TaskResult
+from prismoe.evaluate.tasks import TaskResult, mean_error
 
 __all__ = ["ALPHA", "AVERAGE", "DRAWS", "TaskScore", "compare_tasks", "guessing_p", "holm", "paired_p", "verdict"]
 
@@ -98,7 +98,7 @@ def _row(model: str, result: TaskResult, difference_N: Floats, *, is_first: bool
         num_documents=result.num_documents,
         num_truncated=result.num_truncated,
         change=float(difference_N.mean()),
-        change_standard_error=_error(difference_N),
+        change_standard_error=mean_error(difference_N),
         p_value=None if is_first else paired_p([difference_N], seed=seed),
         p_adjusted=None,
         verdict="",
@@ -139,10 +139,6 @@ def _judged(row: TaskScore, p_adjusted: float) -> TaskScore:
 def verdict(p_adjusted: float) -> str:
     """The word of the table."""
     return "significant" if p_adjusted < ALPHA else "not"
-
-
-def _error(values_N: Floats) -> float | None:
-    return float(values_N.std(ddof=1) / math.sqrt(len(values_N))) if len(values_N) > 1 else None
 
 
 def _together(errors: Sequence[float | None]) -> float | None:
@@ -195,7 +191,7 @@ def guessing_p(scores_N: Floats, chance: float) -> float:
             for k in range(right, count + 1)
         )  # fmt: skip
         return min(1.0, math.fsum(math.exp(value) for value in logs))
-    error = _error(scores_N)
+    error = mean_error(scores_N)
     return 0.5 * math.erfc((mean - chance) / error / math.sqrt(2)) if error else float(mean <= chance)
 
 

@@ -22,7 +22,7 @@ from prismoe.registry import names, suggestion
 if TYPE_CHECKING:
     from prismoe.evaluate.harness import Benchmark, HarnessModel
 
-__all__ = ["TaskResult", "WantedTask", "check_tasks", "score_tasks", "score_wanted", "suites"]
+__all__ = ["TaskResult", "WantedTask", "check_tasks", "mean_error", "score_tasks", "score_wanted", "suites"]
 
 _SUITES = "prismoe.evaluate.suites"
 
@@ -188,6 +188,11 @@ def suites() -> dict[str, dict[str, int]]:
     return {name.replace("_", "-"): dict(importlib.import_module(f"{_SUITES}.{name}").TASKS) for name in names(_SUITES)}
 
 
+def mean_error(values_N: np.ndarray) -> float | None:
+    """Standard error of the mean of values [N]; None for a single one."""
+    return float(values_N.std(ddof=1) / math.sqrt(len(values_N))) if len(values_N) > 1 else None
+
+
 def _suite(name: str) -> tuple[WantedTask, ...]:
     known = suites()
     if name not in known:
@@ -216,12 +221,11 @@ def _result(
         + [document["target"]]
         for document in documents
     ]
-    spread = float(per_document_N.std(ddof=1)) if len(documents) > 1 else None
     return TaskResult(
         task=benchmark.task,
         metric=benchmark.metric,
         score=float(per_document_N.mean()),
-        standard_error=None if spread is None else spread / math.sqrt(len(documents)),
+        standard_error=mean_error(per_document_N),
         chance=None if None in chances else float(np.mean(np.array(chances, np.float64))),
         num_fewshot=benchmark.num_fewshot,
         num_documents=len(documents),
