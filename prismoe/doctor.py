@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Picture", "doctor"]
+__all__ = ["VARIABLES", "Picture", "doctor", "system"]
 
 PACKAGES = [
     "prismoe",
@@ -69,6 +69,11 @@ def doctor() -> Picture:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ} or {"(none set)": ""},
     }
     return Picture(sections, tuple(warnings))
+
+
+def system() -> dict[str, str]:
+    """The part of the picture that needs no torch: processor, memory, disk, Python."""
+    return _system([])
 
 
 def memory_bytes() -> tuple[int, int]:

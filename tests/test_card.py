@@ -81,6 +81,11 @@ def test_limits_say_what_was_and_was_not_measured(tmp_path: Path) -> None:
     assert "- trained does not beat its static control on average over 3 tasks." in text
     assert "FAILED: do not use this model" in text
     assert "| sciq | acc | 0 | 25.0 | 61.0 ± 1.4 | 59.0 ± 1.4 | not significant |" in text
+    results = ModelCard(text).data.eval_results
+    assert results is not None
+    found = {row.dataset_name: (row.metric_type, row.metric_value) for row in results}
+    assert found["sciq"] == ("acc", pytest.approx(0.59))
+    assert set(found) == {row["task"] for row in rows}
     assert [line for line in text.splitlines() if line.startswith("|") and line.count("|") < 3] == []
 
 

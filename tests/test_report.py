@@ -20,9 +20,11 @@ from PIL import Image
 from prismoe.errors import InputError
 from prismoe.report import write_report
 from prismoe.report.drawing import draw
-from prismoe.report.page import Figure, Findings, Panel, Section
-from prismoe.report.sections import balance, certificate
+from prismoe.report.page import Figure, Findings, Panel, Section, Table
+from prismoe.report.pictures import write_pictures
+from prismoe.report.sections import balance, certificate, pruned, routing_drift
 from prismoe.report.style import COLOURS, HEAT, LEVELS, MARKERS, thinned
+from tests.report import random_trace
 from tests.runs import copy_of, finished
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -139,7 +141,7 @@ def test_a_report_of_a_run_that_is_not_finished(tmp_path: Path) -> None:
 
 
 def drawn(figure: Figure) -> str:
-    return "".join(draw(figure).svgs)
+    return "".join(draw([figure])[0].svgs)
 
 
 def figure_of(section: Section | None, name: str) -> Figure:
@@ -195,13 +197,54 @@ def test_pictures_for_slides_have_the_size_that_is_stated(text: str) -> None:
         assert stated[name] == f"{width} × {height}"
         assert min(width, height) >= 450  # 200 dots an inch, at least 2.4 inches
     small = Figure("two", "Two panels", [Panel(lambda axes: axes.plot([1, 2]), "a line")] * 2)
-    picture = draw(small)
+    (picture,) = draw([small])
     assert struct.unpack(">II", picture.png[16:24]) == (picture.width, picture.height) == (2 * 960, 670)  # 4.8 × 3.0 in
     pixels = np.asarray(Image.open(io.BytesIO(picture.png)))
     assert (pixels[[0, -1, 70], :] == 255).all()  # white around
     halves = [pixels[70:, side : side + 960] for side in (0, 960)]
     assert (halves[0] == halves[1]).all()  # equal panels beside each other
     assert halves[0].min() < 128
+
+
+def test_a_picture_that_the_page_no_longer_has_goes(tmp_path: Path) -> None:
+    first, second = (Figure(name, name, [Panel(lambda axes: axes.plot([1, 2]), "a line")]) for name in ("one", "two"))
+    (picture,) = draw([first])
+    write_pictures(tmp_path, {first: picture})
+    Image.new("RGB", (2, 2)).save(tmp_path / "figures" / "own.png")
+    write_pictures(tmp_path, {second: picture})
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"own.png", "two.png"}
+
+
+def test_drift_is_that_of_the_two_traces(tmp_path: Path) -> None:
+    (tmp_path / "trace").mkdir()
+    now = random_trace(layers=2, experts=4, top_k=2, sample=64)
+    now.save(tmp_path / "trace" / "trace.safetensors")
+    assert routing_drift.section(Findings(tmp_path, {}, {})) is None
+    now.save(tmp_path / "trace" / "before.safetensors")
+    section = routing_drift.section(Findings(tmp_path, {}, {}))
+    assert "0 to 0 %" in figure_of(section, "load_moved").panels[0].shows
+    assert "100 to 100 %" in figure_of(section, "choices_kept").panels[0].shows
+    random_trace(layers=2, experts=4, top_k=2, sample=64, seed=1).save(tmp_path / "trace" / "before.safetensors")
+    section = routing_drift.section(Findings(tmp_path, {}, {}))
+    assert section is not None
+    assert "different text" in section.blocks[0].words  # type: ignore[union-attr]
+
+
+def test_experts_that_were_left_out_are_told(tmp_path: Path) -> None:
+    (tmp_path / "less").mkdir()
+    receipt = {"num_experts": 3, "num_experts_before": 4, "criterion": "load", "warnings": ["uneven"]}
+    receipt |= {"parameters": 900, "parameters_before": 1000, "parameters_saved": 100, "removed_share": 0.125}
+    receipt |= {"layers": [{"layer": 0, "kept": [0, 1, 3], "removed": [2], "removed_share": 0.125}]}
+    receipt |= {"removed_share_of": {"a": 0.1, "b": 0.15}, "perplexity": {"a": {"before": 4.0, "after": 4.5}}}
+    (tmp_path / "less" / "pruning.json").write_text(json.dumps(receipt))
+    section = pruned.section(Findings(tmp_path, {}, {}))
+    assert section is not None
+    tables = [block.rows for block in section.blocks if isinstance(block, Table)]
+    assert tables == [[["0", "2", "12.5 %"]], [["a", "10.0 %", "4.00", "4.50"], ["b", "15.0 %", "", ""]]]
+    (tmp_path / "less" / "pruning.json").write_text("{")
+    section = pruned.section(Findings(tmp_path, {}, {}))
+    assert section is not None
+    assert "cannot be read" in section.blocks[0].words  # type: ignore[union-attr]
 
 
 def luminance(colour: str) -> float:

@@ -56,7 +56,7 @@ def write_report(run_folder: str | Path) -> Path:
     )
     sections = _sections(found)
     figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
-    drawn = {figure: draw(figure) for figure in figures}
+    drawn = dict(zip(figures, draw(figures), strict=True))
     sections += [pictures] if (pictures := write_pictures(folder, drawn)) else []
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
         files("prismoe.report").joinpath("report.html.jinja").read_text(encoding="utf-8")

@@ -61,13 +61,14 @@ def _card(found: Findings, model: str) -> str:
     receipts = found.receipts
     plan = receipts["plan"]
     parent = _Parent(str(plan["source_name"]))
+    title = f"{Path(plan['source_name']).name} as {plan['account']['target']}"
     page = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         files("prismoe.report").joinpath("card.md.jinja").read_text(encoding="utf-8")
     )
     trained = receipts.get("pretrain") if model == "trained" else None
     text = page.render(
-        front=_front(found, parent),
-        title=f"{Path(plan['source_name']).name} as {plan['account']['target']}",
+        front=_front(found, parent, title, model),
+        title=title,
         parent=parent,
         plan=plan,
         plan_line=summary("plan", plan),
@@ -128,9 +129,22 @@ def _front_matter(card: str) -> Mapping[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _front(found: Findings, parent: _Parent) -> str:
+def _front(found: Findings, parent: _Parent, title: str, model: str) -> str:
     """The YAML that the hub reads; what is not known is left out."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["task"],
+            dataset_name=row["task"],
+            dataset_args={"num_few_shot": row["num_fewshot"], "num_documents": row["num_documents"]},
+            metric_type=row["metric"],
+            metric_value=row["score"],
+        )
+        for row in _rows(found.receipts, model, "tasks")
+        if row["num_fewshot"] is not None  # the mean of all tasks is none of them
+    ]
 
     datasets = sorted({f"{a}/{b}" for a, b in re.findall(r"hf://datasets/([\w.-]+)/([\w.-]+)", _config(found))})
     more = {key: parent.card[key] for key in ("license_name", "license_link") if parent.license and key in parent.card}
@@ -138,7 +152,9 @@ def _front(found: Findings, parent: _Parent) -> str:
         base_model=parent.hub,
         datasets=datasets or None,
         language=parent.card.get("language"),
+        eval_results=results or None,
         library_name="transformers",
+        model_name=title if results else None,
         license=parent.license,
         pipeline_tag="text-generation",
         tags=["mixture-of-experts", "prismoe", str(found.receipts["plan"]["account"]["target"])],

@@ -40,8 +40,8 @@ def numbers(found: Findings) -> list[Number]:
         boxes.append(Number("certificate", word, f"{count} checks", state))
     if "pretrain" in receipts:
         boxes.append(Number("trained on", count_text(receipts["pretrain"]["tokens"]), "tokens"))
-    for model in receipts["eval"]["models"] if "eval" in receipts else ():
-        values = [row["bits_per_byte"] for row in receipts["eval"]["scores"] if row["model"] == model]
-        if values:
-            boxes.append(Number(f"bits/byte, {model}", f"{sum(values) / len(values):.3f}", "mean of domains"))
+    scores = receipts["eval"]["scores"] if "eval" in receipts else ()
+    for model in dict.fromkeys(row["model"] for row in scores):
+        values = [row["bits_per_byte"] for row in scores if row["model"] == model]
+        boxes.append(Number(f"bits/byte, {model}", f"{sum(values) / len(values):.3f}", "mean of domains"))
     return boxes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prismoe.errors import ResourceError
 from prismoe.folder import write_atomic
-from prismoe.report.drawing import DPI, Drawn
+from prismoe.report.drawing import DPI, Drawn, drawn_here
 from prismoe.report.page import Figure, Links, Section, Text
 
 __all__ = ["FOLDER", "write_pictures"]
@@ -16,14 +16,17 @@ FOLDER = "figures"
 
 
 def write_pictures(run_folder: Path, drawn: Mapping[Figure, Drawn]) -> Section | None:
-    """Write RUN/figures/NAME.png for every figure, and list them.
+    """Write RUN/figures/NAME.png for every figure, and list them; what an earlier page had and this has not goes.
 
     Raises:
         ResourceError: the folder cannot be written.
     """
+    folder, names = run_folder / FOLDER, {f"{figure.name}.png" for figure in drawn}
+    for path in folder.glob("*.png"):
+        if path.name not in names and drawn_here(path):
+            path.unlink()
     if not drawn:
         return None
-    folder = run_folder / FOLDER
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

@@ -36,17 +36,19 @@ LEVELS = 24  # shades of a heat map: cells of one shade are one shape in the pag
 MOST_TICKS = 12
 STYLE = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is the one that text is measured with
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; every further name is looked up for every word
     "font.size": 10.0,
     "svg.fonttype": "none",  # letters stay letters: selectable, searchable, small
     "svg.hashsalt": "prismoe",  # equal figures are equal bytes
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.facecolor": "none",
     "grid.color": "#e4e4e4",
     "axes.axisbelow": True,
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # else it is looked for above whatever stands there, by measuring all of it once more
     "legend.frameon": False,
     "legend.fontsize": 9.0,
 }
@@ -131,36 +133,46 @@ def heat_map(axes: Axes, grid: Any, *, top: float, label: str, low: float = 0.0)
     """Cells [rows, columns] from `low` (dark) to `top` (light), the first row at the top, and a bar that says so."""
     import matplotlib as mpl
     import numpy as np
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
+    from matplotlib.collections import PathCollection
 
     grid = np.asarray(grid, np.float64)
     colours = mpl.colormaps[HEAT].resampled(LEVELS)
     span = top - low if top > low else 1.0
     shades = np.clip(((grid - low) / span * LEVELS).astype(int), 0, LEVELS - 1)
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
-    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
     edge = 0.5 if grid.size <= 600 else 0.2 if grid.size <= 2500 else 0.0
-    for shade in np.unique(shades):
-        rows, columns = np.nonzero(shades == shade)
-        vertices = (np.stack([columns, rows], 1)[:, None, :] + corners).reshape(-1, 2)
-        colour = colours(int(shade))
-        cells = Path(vertices, codes * len(rows))
-        # Limits are set below: finding them from every corner takes longer than drawing.
-        axes.add_artist(
-            PathPatch(cells, facecolor=colour, edgecolor="white" if edge else colour, linewidth=edge or 0.2)
-        )
+    shown = np.unique(shades)
+    cells = [_rectangles(*np.nonzero(shades == shade)[::-1]) for shade in shown]
+    # One artist, and limits set below: finding them from every corner takes longer than drawing.
+    axes.add_artist(
+        PathCollection(cells, facecolors=colours(shown), edgecolors="white" if edge else "face", linewidths=edge or 0.2)
+    )
     axes.grid(visible=False)
     axes.set(xlim=(0, grid.shape[1]), ylim=(grid.shape[0], 0))
-    scale = ScalarMappable(Normalize(low, low + span), colours)
     wide, high = (
         axes.get_position().width * axes.figure.bbox.width,
         axes.get_position().height * axes.figure.bbox.height,
     )
     bar = axes.inset_axes((1.0 + 0.015 * high / wide, 0.0, 0.05 * high / wide, 1.0))
-    axes.figure.colorbar(scale, cax=bar).set_label(label)
+    # Each shade reaches from its own beginning to the end: between neighbours no line of the ground shows.
+    steps = low + span * np.arange(LEVELS) / LEVELS
+    parts = [_rectangles(0.0, step, high=low + span - step) for step in steps]
+    bar.add_artist(PathCollection(parts, facecolors=colours(range(LEVELS)), linewidths=0.0))
+    bar.grid(visible=False)
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
+    bar.spines[:].set_visible(False)
+    bar.set(xlim=(0.0, 1.0), ylim=(low, low + span), xticks=(), ylabel=label)
+
+
+def _rectangles(left: Any, below: Any, *, high: float = 1.0) -> Any:
+    """Rectangles as one path."""
+    import numpy as np
+    from matplotlib.path import Path
+
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY]
+    corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * (1.0, high)
+    starts = np.stack([np.atleast_1d(left), np.atleast_1d(below)], 1)
+    return Path((starts[:, None, :] + corners).reshape(-1, 2), codes * len(starts))
 
 
 def name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str], *, upright: bool = False) -> None:
@@ -168,7 +180,7 @@ def name_cells(axes: Axes, columns: Sequence[str], rows: Sequence[str], *, uprig
     for side, names in ((axes.xaxis, columns), (axes.yaxis, rows)):
         shown = range(0, len(names), -(-len(names) // (MOST_TICKS if side is axes.xaxis else 2 * MOST_TICKS)))
         side.set_ticks([index + 0.5 for index in shown], [names[index] for index in shown])
-    axes.tick_params(labelsize=8, length=0)
+    axes.tick_params(labelsize=8, length=0, left=False, bottom=False)
     if upright:
         axes.tick_params(axis="x", labelrotation=90)
 

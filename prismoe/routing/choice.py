@@ -12,8 +12,9 @@ import numpy.typing as npt
 from prismoe.errors import InputError, UsageError
 from prismoe.routing.record import RoutingTrace
 
-__all__ = ["Choice", "Criterion", "choose_experts"]
+__all__ = ["RECEIPT", "Choice", "Criterion", "choose_experts"]
 
+RECEIPT = "pruning.json"  # beside the manifest, as the certificate is: it holds times and is no part of the model
 Criterion = Literal["load", "importance"]
 Floats = npt.NDArray[np.float64]
 

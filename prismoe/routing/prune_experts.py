@@ -27,7 +27,7 @@ from prismoe.evaluate import evaluate
 from prismoe.folder import FileEntry, write_json_atomic
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
-from prismoe.routing.choice import Choice, Criterion, choose_experts
+from prismoe.routing.choice import RECEIPT, Choice, Criterion, choose_experts
 from prismoe.routing.masked import compare_masked
 from prismoe.routing.record import FILE, RoutingTrace
 from prismoe.routing.removal import carries_over, remaining_config, remaining_plan, remaining_recipes
@@ -37,7 +37,6 @@ from prismoe.train.fit import check_fit
 
 __all__ = ["PrunedExperts", "PrunedLayer", "prune_experts"]
 
-RECEIPT = "pruning.json"  # beside the manifest, as the certificate is: it holds times and is no part of the model
 UNEVEN = 1.0
 """A removed expert with more than its fair share of a domain is worth a word."""
 

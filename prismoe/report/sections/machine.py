@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from prismoe.doctor import doctor
-from prismoe.folder import versions
-from prismoe.report.page import Findings, Section, Table
+import os
+
+from prismoe.doctor import VARIABLES, system
+from prismoe.folder import Manifest, versions
+from prismoe.report.page import Block, Findings, Section, Table, Text
 
 __all__ = ["PLACE", "section"]
 
 PLACE = 85
+SETTINGS = ("device", "precision", "threads", "processes", "replicate", "expert_parallel")
 
 
 def section(found: Findings) -> Section:
-    """Of the machine that writes the report."""
-    sections = doctor().sections
-    facts = {**versions(), **{name: value for name, value in sections["system"].items() if name != "python"}}
-    facts |= {name: value for name, value in sections["torch"].items() if name.startswith(("cuda", "accel", "threads"))}
-    facts |= {name: value for name, value in sections["environment"].items() if value}
+    """Of the machine that writes the report, and beside it what the training was done with."""
+    here = versions()
+    facts = {name: value for name, value in system().items() if name != "python"}
+    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     rows = [[name, value] for name, value in facts.items()]
-    return Section("machine", "Versions and machine", [Table(["", ""], rows, left=(1,))])
+    blocks: list[Block] = [Table(["", "machine that wrote this page"], rows, left=(1,))]
+    trained = Manifest.read(found.folder / "train") if "pretrain" in found.receipts else None
+    there = trained.versions if trained else {}
+    heads = ["", "this page", *(["training"] if trained else [])]
+    names = dict.fromkeys([*here, *there])
+    rows = [[name, here.get(name, ""), *([there.get(name, "")] if trained else [])] for name in names]
+    blocks.insert(0, Table(heads, rows, left=(1, 2), caption="versions"))
+    if trained:
+        if changed := [name for name in names if here.get(name) != there.get(name)]:
+            blocks.insert(0, Text(f"Trained with other versions of {', '.join(changed)}."))
+        settings = trained.config["pretrain"]
+        rows = [[name.replace("_", " "), str(settings[name])] for name in SETTINGS if name in settings]
+        if way := found.receipts["pretrain"].get("runtime"):
+            rows.append(["experts", str(way["experts"])])
+        if most := max((row.get("memory_bytes") or 0 for row in found.timing), default=0):
+            rows.append(["memory at most", f"{most / 1e9:.2f} GB"])
+        blocks.append(Table(["", ""], rows, left=(1,), caption="training"))
+    return Section("machine", "Versions and machine", blocks)

@@ -12,7 +12,7 @@ from prismoe.report.style import COLOURS, legend_above, look, reference_line, wh
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["PLACE", "section"]
+__all__ = ["PLACE", "curves", "section"]
 
 PLACE = 54
 
@@ -44,7 +44,7 @@ def section(found: Findings) -> Section | None:
     ends = [float(values_G.mean()) for values_G in (entropy_GL[:, 0], entropy_GL[:, -1])]
     shows = f"Entropy over depth, mean of domains {ends[0]:.2f} in the first layer, {ends[1]:.2f} in the last"
     panel = Panel(
-        partial(_many, layers=trace.layers, values_GL=entropy_GL, names=names, label="entropy / ln E"),
+        partial(curves, layers=trace.layers, values_GL=entropy_GL, names=names, label="entropy / ln E"),
         shows,
         height=3.4,
     )
@@ -53,14 +53,14 @@ def section(found: Findings) -> Section | None:
     cv_GL = metrics.cv_squared(trace)
     shows = f"Imbalance over depth, {cv_GL.min():.2f} to {cv_GL.max():.2f}"
     panel = Panel(
-        partial(_many, layers=trace.layers, values_GL=cv_GL, names=names, label="CV²", low=0.0), shows, height=3.4
+        partial(curves, layers=trace.layers, values_GL=cv_GL, names=names, label="CV²", low=0.0), shows, height=3.4
     )
     about = "Variance of the load over its squared mean, over the experts of a layer: 0 is balance."
     blocks.append(Figure("imbalance", "Imbalance of the load over depth", [panel], about))
     if trace.norm_GL.any():
         shows = f"Norm of the mixture's output, {trace.norm_GL.min():.2g} to {trace.norm_GL.max():.2g}"
         panel = Panel(
-            partial(_many, layers=trace.layers, values_GL=trace.norm_GL, names=names, label="norm", low=0.0),
+            partial(curves, layers=trace.layers, values_GL=trace.norm_GL, names=names, label="norm", low=0.0),
             shows,
             height=3.4,
         )
@@ -76,9 +76,10 @@ def _one(axes: Axes, *, layers: Sequence[int], values_L: Any, label: str) -> Non
     whole_numbers(axes)
 
 
-def _many(
+def curves(
     axes: Axes, *, layers: Sequence[int], values_GL: Any, names: Sequence[str], label: str, low: float | None = None
 ) -> None:
+    """A line over layers for each text."""
     for index, (name, values_L) in enumerate(zip(names, values_GL, strict=True)):
         style = "-" if index < 8 else "--"
         axes.plot(layers, values_L, label=name, markersize=4, linewidth=1.2, linestyle=style, **look(index))

@@ -23,7 +23,7 @@ def section(found: Findings) -> Section | None:
     receipt = found.receipts.get("eval")
     if receipt is None or not receipt["scores"]:
         return None
-    models, domains = list(receipt["models"]), list(receipt["domains"])
+    models, domains = _models(receipt), list(receipt["domains"])
     table = {(row["domain"], row["model"]): row for row in receipt["scores"]}
     perplexity = [[name, *(f"{table[name, model]['perplexity']:,.2f}" for model in models)] for name in domains]
     bits = [[name, *(f"{table[name, model]['bits_per_byte']:.3f}" for model in models)] for name in domains]
@@ -42,13 +42,18 @@ def section(found: Findings) -> Section | None:
     return Section("scores", "Held-out scores", [Text(text), figure, *tables])
 
 
+def _models(receipt: Mapping[str, Any]) -> list[str]:
+    """In the order they were scored: the first is what the others are compared with."""
+    return list(dict.fromkeys(row["model"] for row in receipt["scores"]))
+
+
 def _change(row: Mapping[str, Any]) -> str:
     error = row["change_standard_error"]  # None where one document was scored
     return f"{row['change']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _draw(axes: Axes, *, receipt: Mapping[str, Any]) -> None:
-    models, domains = list(receipt["models"]), list(receipt["domains"])
+    models, domains = _models(receipt), list(receipt["domains"])
     table = {(row["model"], row["domain"]): row["bits_per_byte"] for row in receipt["scores"]}
     for line, domain in enumerate(domains):
         values = [table[model, domain] for model in models]
