@@ -60,9 +60,9 @@ def promises(path: Path) -> Iterator[str]:
             silent = all(isinstance(line, ast.Pass) for line in node.body)
             if caught in ("", "Exception", "BaseException") and silent:
                 yield f"{at}: except {caught}: pass"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("suppress", "contextlib.suppress"):
-            if any(ast.unparse(argument) in ("Exception", "BaseException") for argument in node.args):
-                yield f"{at}: suppress(Exception)"
+        suppresses = isinstance(node, ast.Call) and ast.unparse(node.func) in ("suppress", "contextlib.suppress")
+        if suppresses and any(ast.unparse(argument) in ("Exception", "BaseException") for argument in node.args):
+            yield f"{at}: suppress(Exception)"
 
 
 def writes(path: Path) -> Iterator[str]:
@@ -73,11 +73,9 @@ def writes(path: Path) -> Iterator[str]:
         name = ast.unparse(node.func).rpartition(".")[2]
         texts = [arg.value for arg in [*node.args, *(k.value for k in node.keywords)] if isinstance(arg, ast.Constant)]
         modes = [text for text in texts if isinstance(text, str) and 0 < len(text) < 5 and set(text) <= set("rwaxbt+")]
-        if name == "open" and any(set("wax+") & set(mode) for mode in modes):
-            yield f"line {node.lineno}: {ast.unparse(node)[:60]}"
-        elif name in WRITES and isinstance(node.func, ast.Attribute):
-            yield f"line {node.lineno}: {ast.unparse(node)[:60]}"
-        elif name in ("memmap", "open_memmap") and any(mode in ("w+", "r+") for mode in modes):
+        opens = name == "open" and any(set("wax+") & set(mode) for mode in modes)
+        maps = name in ("memmap", "open_memmap") and any(mode in ("w+", "r+") for mode in modes)
+        if opens or maps or (name in WRITES and isinstance(node.func, ast.Attribute)):
             yield f"line {node.lineno}: {ast.unparse(node)[:60]}"
 
 
@@ -113,7 +111,9 @@ def test_a_broken_promise_is_seen(tmp_path: Path, line: str) -> None:
     assert len(list(promises(path))) == 1
 
 
-@pytest.mark.parametrize("line", ["open('a', 'w')", "path.open('ab')", "path.write_text('x')", "np.memmap(p, mode='w+')"])
+@pytest.mark.parametrize(
+    "line", ["open('a', 'w')", "path.open('ab')", "path.write_text('x')", "np.memmap(p, mode='w+')"]
+)
 def test_a_direct_write_is_seen(tmp_path: Path, line: str) -> None:
     path = tmp_path / "writes.py"
     path.write_text(line)
