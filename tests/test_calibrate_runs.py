@@ -194,20 +194,21 @@ def test_text_that_is_all_the_same_has_no_clusters(tmp_path: Path) -> None:
         world.run(tmp_path / "out")
 
 
-def test_damaged_weights_are_named_by_layer(tmp_path: Path) -> None:
+def test_numbers_that_overflow_are_named_by_layer(tmp_path: Path) -> None:
+    """Weights that are finite themselves; those that are not are refused before (tests/test_finite.py)."""
     from safetensors.numpy import load_file, save_file
 
     world = make_world(tmp_path)
     path = world.model / "model.safetensors"
     weights = load_file(path)
-    weights["model.layers.2.mlp.down_proj.weight"][3, 4] = np.nan
+    weights["model.layers.2.mlp.down_proj.weight"][3] = 3e38
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="calibrate: loss is not finite"):
         world.run(tmp_path / "out", quantities=("importance",))
     with pytest.raises(NumericalError, match="layer 2: output is not finite"):
         world.run(tmp_path / "out1")
-    weights["model.layers.2.mlp.down_proj.weight"][3, 4] = 0
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = np.inf
+    weights["model.layers.2.mlp.down_proj.weight"][3] = 0
+    weights["model.layers.1.mlp.up_proj.weight"][3] = 3e38
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="layer 1: mean is not finite"):
         world.run(tmp_path / "out2", quantities=("activation",))

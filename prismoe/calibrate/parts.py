@@ -10,6 +10,7 @@ from torch import nn
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.family import optional_tensor
+from prismoe.checkpoint.finite import require_finite
 from prismoe.errors import InputError
 from prismoe.verify.stock import Loading, load_ends, load_layer
 
@@ -24,6 +25,7 @@ class Parts:
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._ignored = [name for name in checkpoint.tensors if optional_tensor(checkpoint.family, name)]
+        require_finite(checkpoint, [name for name in checkpoint.tensors if ".layers." not in name])
         ends, loading = load_ends(checkpoint, without=self._ignored)
         self._ends = self._settle(ends.model, loading)
         self._factor = ends.factor
@@ -34,6 +36,9 @@ class Parts:
         self._layers = {layer: base for layer, base in self._layers.items() if first <= layer < stop}
         for layer in range(first, stop):
             if layer not in self._layers:
+                require_finite(
+                    self.checkpoint, [name for name in self.checkpoint.tensors if f".layers.{layer}." in name]
+                )
                 loaded, loading = load_layer(self.checkpoint, layer, without=self._ignored)
                 base = self._settle(loaded.model, loading).model
                 base.norm = nn.Identity()

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from prismoe import registry
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.branches import Branched
+from prismoe.checkpoint.finite import finite_ffn
 from prismoe.checkpoint.tensorfile import DTYPES, read_sealed, sealed_bytes
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, sha256_file, write_atomic
@@ -196,7 +197,7 @@ def make_plan(
             hidden_size=dense.hidden_size,
             top_k=top_k,
             seed=seed,
-            ffn=lambda index=index: checkpoint.ffn(index),  # type: ignore[misc]
+            ffn=lambda index=index: finite_ffn(checkpoint, index),  # type: ignore[misc]
             stats=no_statistics if statistics is None else lambda index=index: statistics.layer(index),  # type: ignore[misc]
         )
         plans[index] = rescaled(view, init.apply(view, split(view, **bound)), **factor)

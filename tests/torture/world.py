@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from tests.torture.processes import Finished, Running, start
+
+NEEDED = ("torch.distributed.fsdp", "prismoe.train.checkpoints", "prismoe.train.loop", "prismoe.train.model")
 
 __all__ = ["begin", "rank", "together"]
 
@@ -17,6 +20,8 @@ def begin(words: Sequence[str], *, world: int, log: Path, before: Callable[[], N
 
     Rank r prints to `log`-r.out and `log`-r.err. One process is started as nobody would launch it.
     """
+    for name in NEEDED:
+        import_module(name)  # once, before the first fork
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -14,6 +14,7 @@ from tests.torture.outcome import Outcome
 from tests.torture.place import Place, contents
 from tests.torture.world import rank, together
 
+SECONDS = 120
 AFTER = 50
 EVERY = 13  # steps between checkpoints: AFTER steps behind a stop the unstopped run has one, at the stop it has none
 STOPS = (2, 15, 28)
