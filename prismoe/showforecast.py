@@ -22,6 +22,7 @@ def show_forecast(screen: Screen, receipt: Mapping[str, Any]) -> None:
         "parameters": count_text(receipt["parameters"]),
         "FLOPs per token": count_text(receipt["flops_per_token"]),
         "memory of a device": f"{bytes_text(receipt['memory_bytes'])}: {of_a_device}",
+        "memory of its host": f"{bytes_text(receipt['saving_bytes'])} more while saving, or training waits",
         "sent by a device in a step": sent or "nothing",
         "disk": f"{bytes_text(receipt['disk_bytes'])} (a checkpoint {bytes_text(receipt['checkpoint_bytes'])})",
     }

@@ -67,6 +67,7 @@ def two(ground):
         job(ground, "online-2", NOISY, **online),
         job(ground, "random-2", {**SWITCH, "init": "random"}),
         job(ground, "parts-2", NOISY, rows=50),
+        job(ground, "fastest-2", {**NOISY, "experts": "fastest"}),
         job(ground, "full-2", {**SWITCH, "save_every": 2}, full_at=3),
         job(ground, "dies-2", {**SWITCH, "save_every": 2}, die_at=4),
     ]
@@ -176,6 +177,12 @@ def test_weights_that_are_drawn_are_the_same_for_any_number_of_processes(two):
 
 def test_the_loss_in_parts_is_that_of_a_sharded_model_too(two):
     assert_alike(two / "noisy-1", two / "parts-2", rel=1e-5)
+
+
+def test_all_processes_compute_by_what_the_first_finds_fastest(two):
+    assert_alike(two / "noisy-1", two / "fastest-2", rel=1e-5)
+    used = json.loads((two / "fastest-2" / "manifest.json").read_bytes())["config"]["result"]["runtime"]["experts"]
+    assert json.loads((two / "fastest-2" / "experts.json").read_bytes())["cpu"]["function"] == used
 
 
 @pytest.mark.parametrize("name", ["one-then-two", "two-then-one"])

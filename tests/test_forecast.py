@@ -71,6 +71,7 @@ def test_memory_is_that_of_what_pytorch_places(placed, shape):
     found = forecast(MIXTRAL, config, layout, where="test", command="pretrain x.yaml")
     assert found.weight_bytes == 4 * placed[shape]["held"]
     assert found.optimizer_bytes == 8 * placed[shape]["held"]
+    assert found.saving_bytes == 24 * placed[shape]["held"]  # a copy of weights and moments, and what is written of it
     # 16 experts of 96 rows: whole ones where they divide, else (32 processes of a copy) some rows of each.
     experts = {1: [1, 96, 64], 4: [4, 96, 64], 8: [2, 96, 64], 32: [16, 3, 64], 512: [1, 96, 64]}
     if shape[2] == 1:

@@ -9,6 +9,8 @@ Per device and in bytes, for P parameters sharded over s processes of a copy (r 
 - activations of a layer and token: 4 D + 2 (heads + kv heads) · head size of attention and norms, and K (2 D + 3 W) of
   the experts or 3 F of a dense FFN, in the dtype of the computation. With recompute D a layer, and one layer in full.
 - logits: 3 · V · 4 a token (what is returned, in float32, and its gradient), of the tokens that `logits` takes at once.
+- of the host, while a checkpoint is written beside training: 12 P/s for the copy of weights and moments and as much
+  for what is being written of it, each process. Where that is not there training waits for its checkpoints instead.
 
 Sent by each process in a step of m micro-batches: weights are gathered twice (forward, backward) and gradients
 scattered once a micro-batch, (s-1)/s of each tensor; with r copies the shard is reduced over them, 2 (r-1)/r of it;
@@ -53,6 +55,7 @@ class Forecast:
     activation_bytes: int
     logit_bytes: int
     memory_bytes: int
+    saving_bytes: int
     sent_bytes: dict[str, int]
     checkpoint_bytes: int
     model_bytes: int
@@ -111,6 +114,7 @@ def forecast(
         activation_bytes=activations,
         logit_bytes=logits,
         memory_bytes=memory,
+        saving_bytes=2 * 3 * MASTER * held,
         sent_bytes=_sent(model, layout, micro_batches=micro_batches, tokens=tokens, item=item),
         checkpoint_bytes=checkpoint,
         model_bytes=model_bytes,

@@ -368,17 +368,27 @@ def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainC
 def _check_room(out: Path, config: PretrainConfig, layout: Layout, *, num_parameters: int, vocab_size: int) -> None:
     """Weights, gradients and two moments in float32, and what the loss takes; activations come on top.
 
-    Memory is that of one machine, on which all of the processes may be: known only for as many as there are here.
+    Memory is that of one machine, on which all of the processes may be: known only for as many as there are here. It
+    is not what a device has. The copy of a save beside training is not in it: without room for that, `Saver` waits.
     """
     here = launched()[3]
     tokens = (config.micro_batch_size or config.batch_size // layout.world) * config.seq_len
     checkpoints = config.keep + 1 if config.save_every else 1
+    held = 16 * num_parameters // layout.shard + logit_bytes(tokens, vocab_size)
     require_room(
         out,
         disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
-        memory_bytes=here * (16 * num_parameters // layout.shard + logit_bytes(tokens, vocab_size)),
+        memory_bytes=0 if _on_device(config) else here * held,
         hint="free some space, or a smaller keep",
     )
+
+
+def _on_device(config: PretrainConfig) -> bool:
+    if config.device == "auto":
+        import torch
+
+        return bool(torch.cuda.is_available())
+    return config.device == "cuda"
 
 
 def _domain_hash(domain: Domain) -> str:
