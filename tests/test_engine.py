@@ -165,3 +165,19 @@ def test_who_holds_up_the_others():
 def test_every_spelling_of_the_number_of_experts_is_known(name: str) -> None:
     assert num_experts({name: 8}) == 8
     assert num_experts({name: 1}) == num_experts({name: None}) == num_experts({}) == 0
+
+
+def test_a_store_that_goes_with_rank_0_is_told_by_the_watchdog():
+    from torch.distributed import TCPStore
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, is_master=False)
+    said, told = [], threading.Event()
+    dog = Watchdog(client, rank=1, world=2, timeout=0.4, give_up=lambda line: (said.append(line), told.set()))
+    dog.start()
+    dog.note(7, "backward")
+    del server
+    assert told.wait(60)
+    dog.stop()
+    assert said[0].startswith("step 7: rank 0, or the launcher, which keep the places of all, do not answer for")
+    assert "rank 1, which waits in 'backward'" in said[0]

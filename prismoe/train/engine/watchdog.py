@@ -55,8 +55,18 @@ class Watchdog:
                 if stood > self._timeout and not self._stop.is_set():
                     self._give_up(str(behind(self._places(), me=self._rank, stood=stood, now=time.time())))
                     return
-            except (RuntimeError, ValueError):
-                return  # the store went with the process that held it, and torchrun sees that one
+            except (RuntimeError, ValueError):  # whoever holds the store is gone or stands still
+                stood = time.monotonic() - self._since
+                if stood > self._timeout and not self._stop.is_set():
+                    self._give_up(str(self._no_store(stood)))
+                    return
+
+    def _no_store(self, stood: float) -> ResourceError:
+        return ResourceError(
+            f"rank 0, or the launcher, which keep the places of all, do not answer for {stood:.0f} s",
+            where=f"step {self._step}",
+            hint=f"seen by rank {self._rank}, which waits in '{self._phase}'; the same command continues",
+        )
 
     def _places(self) -> dict[int, dict[str, Any]]:
         ranks = [rank for rank in range(self._world) if self._store.check([f"prismoe/rank/{rank}"])]
