@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
@@ -192,8 +196,12 @@ def _job(flags: argparse.Namespace, screen: Screen) -> Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Run one command; returns the exit code. SIGTERM stops it as Ctrl-C does."""
+    with _terminable():
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show ✓ shows ? instead of failing
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -228,9 +236,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        return _tell(_for_people(error), as_json=as_json)
+        return _tell(_with_command(_for_people(error), argv), as_json=as_json)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is raised as KeyboardInterrupt, so that whatever is open is put in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can have handlers
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _with_command(error: PrismoeError, argv: Sequence[str]) -> PrismoeError:
+    """Where the same command continues, that command."""
+    if not isinstance(error, InterruptedRun) or not error.hint.endswith(AGAIN) or "RANK" in os.environ:
+        return error
+    return InterruptedRun(error.found, where=error.where, hint=f"{error.hint}: {shlex.join(['prismoe', *argv])}")
+
+
+AGAIN = "the same command continues"
 RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -239,7 +272,7 @@ def _for_people(error: BaseException) -> PrismoeError:
     if isinstance(error, PrismoeError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return InterruptedRun("interrupted", hint="the same command continues")
+        return InterruptedRun(f"stopped by {error or 'SIGINT'}", hint=AGAIN)
     if isinstance(error, MemoryError):
         return ResourceError("out of memory", hint="prismoe VERB --dry-run estimates what is needed")
     if isinstance(error, OSError) and error.errno in RESOURCES:

@@ -133,8 +133,11 @@ def test_a_signal_while_the_model_is_written_waits_for_its_end(tmp_path, source,
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", renaming)
-    assert pretrain(source, CONFIG, domains=domains, out=out).steps == 12
+    with pytest.raises(InterruptedRun, match="the model is written"):
+        pretrain(source, CONFIG, domains=domains, out=out)
     assert sent
+    assert contents(out) == unstopped
+    assert pretrain(source, CONFIG, domains=domains, out=out).seconds is None
     assert contents(out) == unstopped
 
 

@@ -34,6 +34,7 @@ from prismoe.train.metrics import read_metrics
 from prismoe.train.origin import Origin
 from prismoe.train.routers import arguments_of
 from prismoe.train.settings import MAY_CHANGE, PretrainConfig
+from prismoe.train.stopping import StopRequest, stop_on_signal
 
 if TYPE_CHECKING:
     from prismoe.train.engine import Engine
@@ -156,15 +157,17 @@ def pretrain(
         return None
     from prismoe.train.engine import Engine
 
+    # A signal that comes while the finished model is written is noted, and the writing goes on to its end.
     with (
         Engine.start(layout, device=config.device, timeout=config.timeout) as engine,
         _claimed(out, job, engine, force=force),
+        stop_on_signal() as stop,
     ):
         done = Manifest.read(out)
         if done is not None:
             result = done.config["result"]
             return _receipt(out, result, resumed_from=result["steps"], seconds=None, steps_run=0)
-        result, finished = _train(origin, config, mixing, engine, out, settings, on_progress)
+        result, finished = _train(origin, config, mixing, engine, out, settings, stop, on_progress)
         engine.barrier("the model is written")
         if engine.first:
             files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
@@ -173,6 +176,7 @@ def pretrain(
             )
             record.write(out)
             remove_folder(out / "checkpoints")
+        stop.after(f"step {config.steps}, the last: the model is written", where=str(out))
         resumed_from, seconds, steps_run = finished
         return _receipt(out, result, resumed_from=resumed_from, seconds=seconds, steps_run=steps_run)
 
@@ -269,6 +273,7 @@ def _train(
     engine: Engine,
     out: Path,
     settings: dict[str, Any],
+    stop: StopRequest,
     on_progress: Progress,
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
     from prismoe.train.documents import check_apart
@@ -277,11 +282,9 @@ def _train(
     from prismoe.train.loop import train
     from prismoe.train.model import place_model, save_model
     from prismoe.train.runtime import runtime
-    from prismoe.train.stopping import stop_on_signal
 
-    # A signal that comes while the finished model is written is noted, and the writing goes on to its end.
     tuned = runtime(threads=config.threads, fast_matmul=config.fast_matmul, keep_memory=config.keep_memory)
-    with tuned as found, stop_on_signal() as stop:
+    with tuned as found:
         engine.at("choosing how experts compute")
         experts = chosen_experts(origin, config, engine=engine, out=out, on_progress=on_progress)
         engine.at("reading the weights")

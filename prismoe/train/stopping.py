@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from prismoe.errors import InterruptedRun
+
 __all__ = ["StopRequest", "stop_on_signal"]
 
 
@@ -17,6 +19,17 @@ class StopRequest:
     """Set by a signal; the loop looks at it between steps and between windows of evaluation."""
 
     signal_name: str = ""
+
+    def after(self, what: str, *, where: str) -> None:
+        """Answer a request that came too late for the loop.
+
+        Raises:
+            InterruptedRun: there was one.
+        """
+        if self.signal_name:
+            raise InterruptedRun(
+                f"stopped by {self.signal_name} after {what}", where=where, hint="the same command continues"
+            )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from prismoe.room import require_room
 from prismoe.train.engine.layout import launched
 from prismoe.train.origin import Origin
 from prismoe.train.routers import arguments_of
+from prismoe.train.stopping import stop_on_signal
 from prismoe.tune.rows import open_tokenizer, read_rows
 from prismoe.tune.settings import MAY_CHANGE, TuneConfig
 
@@ -124,7 +125,7 @@ def tune(
     parents = {**origin.parents, **rows.parents}
     decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     job = json.loads(json.dumps({"tune": decisive, "template": rows.template_sha256, "parents": parents}))
-    with _claimed(out, job, force=force):
+    with _claimed(out, job, force=force), stop_on_signal() as stop:
         done = Manifest.read(out)
         if done is not None:
             return _receipt(out, "kept", done.config["result"])
@@ -132,7 +133,7 @@ def tune(
 
         files = {**origin.files, **rows.files}
         origin = replace(origin, files=files)
-        result, clock = train(origin, config, rows, tokenizer, out, on_progress=on_progress)
+        result, clock = train(origin, config, rows, tokenizer, out, stop=stop, on_progress=on_progress)
         settings = {"tune": asdict(config)}
         names = result.pop("files")
         model_files = hash_files(out / "model", names)
@@ -142,6 +143,7 @@ def tune(
         record = Manifest(kind=KIND, parents=parents, config={**settings, "result": result}, files=kept, key=_hash(job))
         record.write(out)
         remove_folder(out / "checkpoints")
+        stop.after(f"step {rows.steps}, the last: the model is written", where=str(out))
         return _receipt(out, "tuned", {**result, **clock})
 
 

@@ -24,7 +24,7 @@ from prismoe.train.origin import Origin
 from prismoe.train.routers import Router, attach_policy
 from prismoe.train.routing import watch
 from prismoe.train.runtime import runtime
-from prismoe.train.stopping import StopRequest, stop_on_signal
+from prismoe.train.stopping import StopRequest
 from prismoe.train.unfold import unfolded, unfolding
 from prismoe.tune.heldout import heldout_losses, laid_out
 from prismoe.tune.lora import adapted, merge
@@ -40,7 +40,14 @@ _ADAPTED = {"attention": ("attention",), "experts": EXPERTS, "shared": ("shared 
 
 
 def train(
-    origin: Origin, config: TuneConfig, rows: Rows, tokenizer: Any, out: Path, *, on_progress: Progress
+    origin: Origin,
+    config: TuneConfig,
+    rows: Rows,
+    tokenizer: Any,
+    out: Path,
+    *,
+    stop: StopRequest,
+    on_progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tune the model of `origin` on `rows` and write it to `out/model`.
 
@@ -49,7 +56,7 @@ def train(
     check_dataset(rows)
     device = torch.device("cuda" if config.device == "cuda" or _has_cuda(config) else "cpu")
     engine = Engine(Layout(world=1), rank=0, device=device)
-    with runtime(threads=config.threads) as found, stop_on_signal() as stop:
+    with runtime(threads=config.threads) as found:
         model = load_model(origin.checkpoint.folder).to(device)
         use_experts(model, config.experts, device=device)
         computed = {"experts": experts_in_use(model), "device": device.type, **found}
@@ -117,7 +124,9 @@ class _Run:
         seen = Seen(**before["seen"]) if before else Seen()
         try:
             if before is None:
-                log.write({"event": "eval", "step": 0, **self._evaluate(self.model)})
+                log.write(
+                    {"event": "eval", "step": 0, **self._evaluate(self.model, stop=lambda: bool(self.stop.signal_name))}
+                )
             trainer = self._trainer(tokenizer, log, seen)
             started, tokens = time.monotonic(), seen.tokens
             trainer.run()
@@ -126,7 +135,8 @@ class _Run:
             if step < steps:
                 raise self._stopped(step)
             self.model = self._whole(trainer)
-            log.write({"event": "eval", "step": step, **self._evaluate(self.model)})
+            # Adapters are merged by now: a signal is answered when what they made is written.
+            log.write({"event": "eval", "step": step, **self._evaluate(self.model, stop=lambda: False)})
         finally:
             log.sync()
             log.close()
@@ -198,7 +208,7 @@ class _Run:
         self.merged = asdict(found)
         return model
 
-    def _evaluate(self, model: Any) -> dict[str, Any]:
+    def _evaluate(self, model: Any, *, stop: Callable[[], bool]) -> dict[str, Any]:
         found = heldout_losses(
             model,
             self.rows.text.heldout,
@@ -207,7 +217,7 @@ class _Run:
             device=self.engine.device,
             autocast=self._autocast(),
             apart=self.apart,
-            stop=lambda: bool(self.stop.signal_name),
+            stop=stop,
             on_progress=self.on_progress,
         )
         if found is None:
