@@ -77,15 +77,13 @@ def main() -> int:
             left -= seconds(row)
             folder = Path(work) / name
             folder.mkdir()
-            outcomes = list(row.run(Place(folder, full=flags.full, seed=flags.seed, deadline=share)))
-            took = time.monotonic() - begin
-            for outcome in outcomes:
+            for outcome in row.run(Place(folder, full=flags.full, seed=flags.seed, deadline=share)):
                 found.append({"row": name, **outcome.to_dict()})
                 mark = "held" if outcome.met else "NOT MET"
                 print(f"{mark:<8} {outcome.held:>6} of {outcome.tried:<6} {outcome.what}", flush=True)
                 for fault in outcome.faults:
                     print(f"         {fault}", flush=True)
-            print(f"         ({name}: {took:.0f} s)", file=sys.stderr, flush=True)
+            print(f"         ({name}: {time.monotonic() - begin:.0f} s)", file=sys.stderr, flush=True)
     if flags.json:
         flags.json.write_text(json.dumps(found, indent=1) + "\n")
     if flags.readme:
