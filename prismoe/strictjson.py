@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) != len(pairs):
-            met: set[str] = set()
-            twice = next(name for name, _ in pairs if name in met or met.add(name))
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise InputError(f"key {twice!r} appears twice"[:120], where=where)
         return seen
 

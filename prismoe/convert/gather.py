@@ -211,8 +211,8 @@ class Gatherer:
         stored = self._checkpoint.array(take.source)
         if stored.ndim > 2:
             inside = math.prod(stored.shape[1:-1])
-            place, at = np.divmod(np.arange(row, row + len(out)), inside)
-            stored, index, row = stored.reshape(-1, stored.shape[-1]), index[place] * inside + at, 0
+            place, rest = np.divmod(np.arange(row, row + len(out)), inside)
+            stored, index, row = stored.reshape(-1, stored.shape[-1]), index[place] * inside + rest, 0
         bits = _bits(stored).reshape(len(stored), -1)
         step = ROWS if take.axis or take.changes else len(out)
         for start in range(0, len(out), step):

@@ -126,8 +126,9 @@ def _special(tokenizer: Any, names: dict[str, Any], config: dict[str, Any], role
         return found
     number = config.get(f"{role}_token_id")
     number = number[0] if isinstance(number, list) and number else number
-    known = type(number) is int and 0 <= number < 1 << 32 and tokenizer.id_to_token(number) is not None
-    return number if known else None
+    if type(number) is not int or not 0 <= number < 1 << 32 or tokenizer.id_to_token(number) is None:
+        return None
+    return number
 
 
 def _start(tokenizer: Any, end_token: int, where: str) -> int | None:
