@@ -292,7 +292,7 @@ def test_a_finished_run_is_kept_and_another_one_refused(source, data, tuned):
 
 
 def test_a_missing_library_is_one_line(source, data, tmp_path, monkeypatch):
-    package = sys.modules["prismoe.tune"]  # its name in `prismoe` is the verb's
+    package = sys.modules["prismoe.tune.job"]
     monkeypatch.setattr(package, "find_spec", lambda name: None if name == "peft" else object())
     with pytest.raises(ResourceError, match=r"peft is not installed \(hint: pip install 'prismoe\[tune\]'\)"):
         tune(source, tiny_config(data, lora_rank=4), out=tmp_path / "out")

@@ -35,8 +35,8 @@ PHASES: dict[str, dict[str, tuple[str, int]]] = {
         "export": ("prismoe.train.model:_write_shard", 1),
     },
     "tune": {
-        "start-up": ("prismoe.tune:tune", 1),
-        "reading data": ("prismoe.tune:read_rows", 1),
+        "start-up": ("prismoe.tune.job:tune", 1),
+        "reading data": ("prismoe.tune.job:read_rows", 1),
         "a step": (STEPS["tune"], 3),
         "the first evaluation": ("prismoe.tune.training:heldout_losses", 1),
         "the last evaluation": ("prismoe.tune.training:heldout_losses", 2),
