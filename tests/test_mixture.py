@@ -45,7 +45,10 @@ def numbered(folder: Path, num_tokens: int, *, tokenizer: str = "t", cuts: Seque
         "splits": splits,
         "shards": {
             "train": [
-                {"name": name, "counts": {"num_tokens": len(ids), **counts}}
+                {
+                    "name": name,
+                    "counts": {"num_tokens": len(ids), **(counts if name == "train" else dict.fromkeys(counts, 0))},
+                }
                 for name, ids in zip(names, parts, strict=True)
             ],
             "heldout": [{"name": "heldout", "counts": splits["heldout"]}],

@@ -61,11 +61,17 @@ def _on_text(texts: Losses, control: Control) -> list[str]:
     sentences = []
     for name, (gap, p_value) in measured.items():
         p_value = None if p_value is None else next(adjusted)
-        verb = "beats" if gap < 0 and p_value is not None and p_value < ALPHA else "does not beat"
-        text = f"{gap:+.3f} nats a token, mean of {len(domains)} domain{'s' * (len(domains) > 1)}"
-        sure = "one document says nothing about chance" if p_value is None else f"p {p_text(p_value)}"
-        sentences.append(f"{name} {verb} its static control on held-out text: {text}, {sure}.")
+        text = f"its static control on held-out text: {gap:+.3f} nats a token, mean of {_domains(len(domains))}"
+        if p_value is None:
+            sentences.append(f"{name} may or may not beat {text}; a domain of one document cannot say.")
+        else:
+            verb = "beats" if gap < 0 and p_value < ALPHA else "does not beat"
+            sentences.append(f"{name} {verb} {text}, p {p_text(p_value)}.")
     return sentences
+
+
+def _domains(count: int) -> str:
+    return f"{count} domain{'s' * (count > 1)}"
 
 
 def _difference(texts: Losses, name: str, domains: Sequence[str]) -> tuple[float, float | None]:

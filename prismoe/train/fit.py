@@ -1,16 +1,21 @@
-"""Whether a model and prepared domains belong together: checked before anything heavy is loaded."""
+"""Whether a model, prepared domains and the machine fit together: checked before anything heavy is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.room import require_room
+from prismoe.train.engine.layout import Layout, launched
+from prismoe.train.logits import logit_bytes
+from prismoe.train.settings import PretrainConfig
 
-__all__ = ["EXPERT_COUNTS", "check_fit", "num_experts"]
+__all__ = ["EXPERT_COUNTS", "check_fit", "check_room", "num_experts"]
 
 # Under one of these names a stock config says how many routed experts a layer has.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -47,3 +52,37 @@ def num_experts(config: Mapping[str, Any]) -> int:
     """Routed experts of a layer by a model's config.json, 0 for a dense model (one expert is no choice)."""
     found = max(config.get(name) or 0 for name in EXPERT_COUNTS)
     return int(found) if found > 1 else 0
+
+
+def check_room(
+    out: Path, config: PretrainConfig, layout: Layout, model: Mapping[str, Any], *, num_parameters: int
+) -> None:
+    """Disk and memory that a run cannot do without; `model` is the stock config.
+
+    Weights, gradients and two moments in float32, what the loss takes, and of each token what enters each layer;
+    everything else that is kept for the backward pass comes on top.
+    Memory is that of one machine, on which all of the processes may be: known only for as many as there are here. It
+    is not what a device has. The copy of a save beside training is not in it: without room for that, `Saver` waits.
+
+    Raises:
+        ResourceError: there is less, with what there is and what is needed.
+    """
+    here = launched()[3]
+    tokens = (config.micro_batch_size or config.batch_size // layout.world) * config.seq_len
+    checkpoints = config.keep + 1 if config.save_every else 1
+    states = 4 * tokens * model.get("hidden_size", 0) * model.get("num_hidden_layers", 0)
+    held = 16 * num_parameters // layout.shard + logit_bytes(tokens, model.get("vocab_size", 0)) + states
+    require_room(
+        out,
+        disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
+        memory_bytes=0 if _on_device(config) else here * held,
+        hint="free some space, or a smaller keep",
+    )
+
+
+def _on_device(config: PretrainConfig) -> bool:
+    if config.device == "auto":
+        import torch
+
+        return bool(torch.cuda.is_available())
+    return config.device == "cuda"

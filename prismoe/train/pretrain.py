@@ -25,11 +25,9 @@ from prismoe.errors import InputError, ResourceError
 from prismoe.folder import Manifest, claim, hash_files, remove_folder, sha256_file, write_json_atomic
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
-from prismoe.room import require_room
 from prismoe.train.alarms import warnings_of
 from prismoe.train.engine.layout import Layout, launched
-from prismoe.train.fit import check_fit
-from prismoe.train.logits import logit_bytes
+from prismoe.train.fit import check_fit, check_room
 from prismoe.train.metrics import read_metrics
 from prismoe.train.origin import Origin
 from prismoe.train.routers import arguments_of
@@ -145,7 +143,7 @@ def pretrain(
     layout.check(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, num_experts=origin.num_experts)
     if config.init == "source":
         num_parameters = sum(math.prod(shape) for _, shape in origin.tensors().values())
-        _check_room(out, config, layout, num_parameters=num_parameters, vocab_size=origin.config.get("vocab_size", 0))
+        check_room(out, config, layout, origin.config, num_parameters=num_parameters)
     parents = {**origin.parents, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
     decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     if origin.num_experts:  # balance statistics are those of what all processes compute at once
@@ -302,7 +300,7 @@ def _train(
             check_apart(model, seq_len=config.seq_len, bf16=config.precision == "bf16")
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":
-            _check_room(out, config, engine.layout, num_parameters=num_parameters, vocab_size=model.config.vocab_size)
+            check_room(out, config, engine.layout, model.config.to_dict(), num_parameters=num_parameters)
         plan = origin.plan() if config.init == "source" else None
         finished = train(
             model, config, mixing=mixing, engine=engine, out=out, plan=plan, stop=stop, on_progress=on_progress
@@ -366,32 +364,6 @@ def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainC
         warnings=warnings,
     )
     return mixing, replace(config, mixing_arguments=mixing.arguments, reference=mixing.reference or None)
-
-
-def _check_room(out: Path, config: PretrainConfig, layout: Layout, *, num_parameters: int, vocab_size: int) -> None:
-    """Weights, gradients and two moments in float32, and what the loss takes; activations come on top.
-
-    Memory is that of one machine, on which all of the processes may be: known only for as many as there are here. It
-    is not what a device has. The copy of a save beside training is not in it: without room for that, `Saver` waits.
-    """
-    here = launched()[3]
-    tokens = (config.micro_batch_size or config.batch_size // layout.world) * config.seq_len
-    checkpoints = config.keep + 1 if config.save_every else 1
-    held = 16 * num_parameters // layout.shard + logit_bytes(tokens, vocab_size)
-    require_room(
-        out,
-        disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
-        memory_bytes=0 if _on_device(config) else here * held,
-        hint="free some space, or a smaller keep",
-    )
-
-
-def _on_device(config: PretrainConfig) -> bool:
-    if config.device == "auto":
-        import torch
-
-        return bool(torch.cuda.is_available())
-    return config.device == "cuda"
 
 
 def _domain_hash(domain: Domain) -> str:
