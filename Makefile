@@ -11,12 +11,13 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-engines check format wheel clean
+.PHONY: help demo test test-engines torture check format wheel clean
 
 help:
 	@echo "make demo    set up and run the main job end to end on the embedded default"
 	@echo "make test    set up and run the whole test suite"
 	@echo "make test-engines  run conversions in llama.cpp and MLX (builds llama.cpp: half an hour)"
+	@echo "make torture kill, damage and mislead it: one table of what held (FULL=1: the long form)"
 	@echo "make check   ruff, mypy --strict, import floors, file sizes, public surface"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove the environments and caches"
@@ -55,6 +56,9 @@ $(ENGINES)/.installed: $(BIN)/.installed-dev
 test-engines: $(ENGINES)/.installed
 	PRISMOE_ENGINES=$(abspath $(ENGINES))/bin/python PRISMOE_LLAMA_CPP=$(abspath $(ENGINES))/$(LLAMA_CPP)/vendor/llama.cpp \
 		$(BIN)/python -m pytest -m engines tests/test_engines.py
+
+torture: $(BIN)/.installed-dev
+	$(BIN)/python -m tests.torture $(if $(FULL),--full,--minutes 15)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check --quiet .
