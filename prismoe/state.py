@@ -25,7 +25,7 @@ def read_state(out: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_bytes())
         assert all({"key", "settings", "seconds", "receipt"} <= record.keys() for record in state.values())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, AttributeError, AssertionError) as error:
         raise InputError(f"not a readable run state ({error!r})", where=str(path), hint="remove it") from error
