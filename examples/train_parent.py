@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import prismoe
+from prismoe.data.reader import read_documents
 from prismoe.demo.text import write_domains
 
 VOCAB_SIZE = 2048
@@ -53,18 +55,17 @@ CONFIG = {
 }
 
 
-def train_tokenizer(files: list[Path], out: Path) -> None:
-    """Byte-level BPE of `VOCAB_SIZE` pieces, the same weight for each domain."""
+def train_tokenizer(texts: list[str], out: Path, vocab_size: int) -> None:
+    """Byte-level BPE of `vocab_size` pieces, the same weight for each domain's text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ["".join(json.loads(line)["content"] for line in file.read_text().splitlines()) for file in files]
     longest = max(map(len, texts))
     tokenizer.train_from_iterator([text for text in texts for _ in range(longest // len(text))], trainer)
     tokenizer.save(str(out / "tokenizer.json"))
@@ -85,7 +86,8 @@ def main() -> None:
     start.mkdir(parents=True, exist_ok=True)
     text = write_domains(out / "text")
     if not (start / "tokenizer.json").exists():
-        train_tokenizer([train for train, _ in text.values()], start)
+        texts = ["".join(document.text for document in read_documents(train)) for train, _ in text.values()]
+        train_tokenizer(texts, start, VOCAB_SIZE)
     (start / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
     prepared = prismoe.prepare(
@@ -109,18 +111,18 @@ def main() -> None:
         on_progress=lambda what, done, total: print(f"{what} {done}/{total}") if done % 20 == 0 else None,
     )
     assert trained is not None
-    ship(out, trained)
+    ship(out, trained, CONFIG)
 
 
-def ship(out: Path, trained: prismoe.Trained) -> None:
-    """The folder that the package carries: bf16 weights, and what they were made with."""
+def ship(out: Path, trained: prismoe.Trained, config: dict[str, Any]) -> None:
+    """The folder to keep: bf16 weights, and what they were made with."""
     folder = out / "shipped"
     folder.mkdir(exist_ok=True)
     weights = {
         name: tensor.to(torch.bfloat16) for name, tensor in load_file(trained.model / "model.safetensors").items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = CONFIG | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    config = config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).write_bytes((out / "start" / name).read_bytes())
