@@ -29,9 +29,9 @@ CONFIG = SMALLER | {
 }
 TOKENIZER_TEXT = 3_000_000
 TRAINING = prismoe.PretrainConfig(
-    model="dense", init="random", tokens=61_440_000, batch_size=32, micro_batch_size=16, seq_len=256, lr=3e-3, warmup_steps=300,
-    min_lr_ratio=0.05, precision="bf16", keep_memory=True, threads=1, eval_every=750, eval_tokens=32_768,
-    save_every=150, max_epochs=8,
+    model="dense", init="random", tokens=61_440_000, batch_size=32, micro_batch_size=16, seq_len=256, lr=3e-3,
+    warmup_steps=300, min_lr_ratio=0.05, precision="bf16", keep_memory=True, threads=1, eval_every=750,
+    eval_tokens=32_768, save_every=150, max_epochs=8,
 )  # fmt: skip
 """Domains in proportion to their size: each is read four to five times."""
 

@@ -167,5 +167,5 @@ def test_no_drawer_for_odds_and_ends() -> None:
 
 
 def python_files() -> list[Path]:
-    folders = [ROOT / name for name in ("prismoe", "tests", "examples", "benchmarks")]
+    folders = [ROOT / name for name in ("prismoe", "tests", "examples", "benchmarks", "studies")]
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
