@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from prismoe.cli import main
 from prismoe.convert import convert
 from prismoe.densify import densify
 from prismoe.errors import InputError, ResourceError, UsageError
-from prismoe.folder import Manifest, unchecked
+from prismoe.folder import Manifest
 from prismoe.plan import make_plan
 from tests.golden import compute, load
 from tests.tiny import tiny_dense
@@ -55,13 +54,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "cohere2_moe": ("cohere2", SMALL_COHERE, {"num_experts": 4, "shared": 32, "layers": "0,3"}, "cohere2_moe"),
     "hunyuan_v1_moe": ("hunyuan_v1_dense", {}, {"num_experts": 4, "shared": 16}, "hunyuan_v1_moe"),
 }
-
-
-@pytest.fixture(autouse=True)
-def changed_by_hand() -> Iterator[None]:
-    """Finished folders are edited here, which a reader would refuse to begin with."""
-    with unchecked():
-        yield
 
 
 def mixture(tmp: Path, case: str) -> tuple[Path, Path]:
@@ -155,6 +147,7 @@ def test_a_trained_mixture_sums_its_experts(tmp_path: Path) -> None:
             moved = tensor + 0.01 * torch.randn(tensor.shape, generator=generator) * (tensor != 0)
             state[name] = moved.contiguous()
     save_file(state, moe / "model.safetensors", metadata={"format": "pt"})
+    Manifest.remove(moe)
     densify(moe, out=tmp_path / "dense")
     found = Checkpoint.open(tmp_path / "dense").ffn(2)
     x = np.random.default_rng(0).standard_normal((7, 64))
@@ -270,6 +263,7 @@ def test_a_key_that_decides_the_arithmetic_must_be_there(tmp_path: Path) -> None
     config = json.loads((moe / "config.json").read_text())
     del config["rms_norm_eps"]
     (moe / "config.json").write_text(json.dumps(config))
+    Manifest.remove(moe)
     with pytest.raises(InputError, match="rms_norm_eps: missing"):
         densify(moe, out=tmp_path / "dense")
 
@@ -288,6 +282,7 @@ def test_what_no_dense_class_says_is_named(tmp_path: Path, case: str, change: di
     _, moe = mixture(tmp_path, case)
     path = moe / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    Manifest.remove(moe)
     with pytest.raises(InputError, match=found) as raised:
         densify(moe, out=tmp_path / "dense")
     assert "config.json" in str(raised.value)
@@ -301,12 +296,14 @@ def test_what_training_added_is_not_lost_in_silence(tmp_path: Path) -> None:
     state = load_file(moe / "model.safetensors")
     state["model.layers.1.self_attn.sinks"] = np.zeros_like(state["model.layers.1.self_attn.sinks"])
     save_file(state, moe / "model.safetensors")
+    Manifest.remove(moe)
     with pytest.raises(InputError, match=r"unexpected tensor model\.layers\.1\.self_attn\.sinks"):
         densify(moe, out=tmp_path / "dense")
     _, moe = mixture(tmp_path / "gate", "qwen2_moe")
     state = load_file(moe / "model.safetensors")
     state["model.layers.1.mlp.shared_expert_gate.weight"][0, 3] = 0.2
     save_file(state, moe / "model.safetensors")
+    Manifest.remove(moe)
     made = densify(moe, out=tmp_path / "dense")
     assert made.warnings == (
         "the shared expert's gate was trained: its sigmoid is taken for the one half it started from",
@@ -318,6 +315,7 @@ def test_a_missing_or_foreign_tensor_is_named(tmp_path: Path) -> None:
 
     _, moe = mixture(tmp_path, "mixtral")
     state = load_file(moe / "model.safetensors")
+    Manifest.remove(moe)
     key = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     save_file({name: array for name, array in state.items() if name != key}, moe / "model.safetensors")
     with pytest.raises(InputError, match=r"experts\.3\.w2\.weight: missing"):

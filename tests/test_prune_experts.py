@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from prismoe.cli import main
 from prismoe.convert import convert
 from prismoe.densify import densify
 from prismoe.errors import InputError, NumericalError, UsageError
-from prismoe.folder import Manifest, unchecked
+from prismoe.folder import Manifest
 from prismoe.plan import Plan, make_plan
 from prismoe.routing.choice import choose_experts
 from prismoe.routing.masked import compare_masked
@@ -33,13 +32,6 @@ from tests.training import domain_folder
 
 PER_TARGET = ("mixtral", "shared", "dense layers", "granitemoe", "hybrid", "swa", "qwen2_moe", "glm4_moe", "flex_olmo")
 PER_TARGET += ("ernie4_5_moe", "cohere2_moe", "hunyuan_v1_moe", "tied bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def changed_by_hand() -> Iterator[None]:
-    """Finished folders are edited here, which a reader would refuse to begin with."""
-    with unchecked():
-        yield
 
 
 def counted(model: Path, load_GLE: Any, *, kinds: tuple[Kind, ...] = (), top_k: int = 2) -> RoutingTrace:
@@ -85,6 +77,7 @@ def test_what_is_left_is_the_whole_model_with_the_others_masked(tmp_path: Path, 
         for name in biased:  # a removed expert must not come back by its bias
             state[name] += np.linspace(0.3, -0.1, count, dtype=np.float32)
         save_file(state, moe / "model.safetensors", metadata={"format": "pt"})
+        Manifest.remove(moe)
     made = prune_experts(moe, trace=uneven(moe), out=tmp_path / "out", keep=count - 1)
     assert made.proof is not None
     assert made.proof["ffn"] <= 1e-6
@@ -111,6 +104,7 @@ def test_the_proof_sees_what_is_wrong(tmp_path: Path) -> None:
     prune_experts(moe, trace=uneven(moe), out=tmp_path / "out", keep=6)
     plan = Manifest.read(tmp_path / "out")
     assert plan is not None
+    Manifest.remove(tmp_path / "out")
     kept = {int(layer): row for layer, row in plan.config["kept"].items()}
     state = load_file(tmp_path / "out/model.safetensors")
     at = "model.layers.2.block_sparse_moe"
@@ -232,6 +226,7 @@ def test_wrong_input_is_one_line_before_any_work(tmp_path: Path) -> None:
     _, glm = mixture(tmp_path / "glm", "glm4_moe")
     config = json.loads((glm / "config.json").read_text())
     (glm / "config.json").write_text(json.dumps({**config, "n_group": 2}))
+    Manifest.remove(glm)
     with pytest.raises(UsageError, match=r"n_group: 2; needed 1: no groups of experts"):
         prune_experts(glm, trace=uneven(glm), out=out, keep=3)
 
