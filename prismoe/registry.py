@@ -57,13 +57,19 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], *, where: 
                 problems.append(f"{name} is missing")
             continue
         try:
-            bound[name] = TypeAdapter(hints[name]).validate_python(given[name], strict=True)
+            bound[name] = TypeAdapter(hints[name]).validate_python(_as_declared(given[name], hints[name]), strict=True)
         except ValidationError as error:
             reasons = " or ".join(dict.fromkeys(detail["msg"].lower() for detail in error.errors()))
             problems.append(f"{name} is {given[name]!r}, {reasons}")
     if problems:
         raise UsageError("; ".join(problems), where=where)
     return bound
+
+
+def _as_declared(value: Any, hint: Any) -> Any:
+    """YAML and JSON have lists where a parameter is a tuple."""
+    tuples = any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
+    return tuple(value) if tuples and isinstance(value, list) else value
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -103,6 +103,9 @@ def test_arguments_are_checked_against_the_signature():
             arguments_of("switch", arguments)
         assert message in str(caught.value)
         assert caught.value.exit_code == 2
+    assert arguments_of("bias_balanced", {"fade": [10, 20]})["fade"] == (10, 20)  # as a config file has it
+    with pytest.raises(UsageError, match=r"fade is \[10\]"):
+        arguments_of("bias_balanced", {"fade": [10]})
     with pytest.raises(UsageError, match=r"unknown 'swich'.*did you mean switch"):
         arguments_of("swich", {})
 
