@@ -101,6 +101,7 @@ class Target:
         biases: the attention projections that get a bias (zeros where the source has none) as soon as the source has
             any, or with `biased_always` in any case.
         constants: tensors with nothing of the source in them.
+        top_k_by_layer: the config key that can hold a number of experts a token for each layer, where there is one.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Target:
     biases: tuple[str, ...] = ()
     biased_always: bool = False
     constants: tuple[Constant, ...] = ()
+    top_k_by_layer: str = ""
 
     def objections(self, dense: DenseConfig, shape: PlanShape) -> tuple[Objection, ...]:
         """Every field that stands in the way; empty when the target holds the model exactly."""

@@ -40,7 +40,7 @@ class States:
         stored = np.dtype(ml_dtypes.bfloat16) if dtype is torch.bfloat16 else np.dtype(np.float32)
         whole = path.is_file() and path.stat().st_size == int(np.prod(shape)) * stored.itemsize
         if made and not whole:
-            raise InputError("scratch file is gone or cut", where=str(path), hint="calibrate again with --force")
+            raise InputError("scratch file is gone or cut", where=str(path), hint="start again with --force")
         self._values = np.memmap(path, stored, mode="r+" if made else "w+", shape=shape)
 
     def write(self, first: int, values_BTD: torch.Tensor) -> None:
@@ -51,7 +51,13 @@ class States:
 
     def read(self, first: int, stop: int, *, device: torch.device) -> torch.Tensor:
         """[stop - first, T, D] on `device`; a private copy."""
-        array = np.array(self._values[first:stop])
+        return self._tensor(np.array(self._values[first:stop]), device)
+
+    def rows(self, numbers_S: npt.NDArray[np.int64], *, device: torch.device) -> torch.Tensor:
+        """[S, D] of single tokens, number n·T + t each, on `device`."""
+        return self._tensor(self._values.reshape(-1, self._values.shape[-1])[numbers_S], device)
+
+    def _tensor(self, array: Array, device: torch.device) -> torch.Tensor:
         if self.dtype is torch.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
         return torch.from_numpy(array).to(device)

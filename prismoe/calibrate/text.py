@@ -87,7 +87,7 @@ def draw_text(
             raise UsageError(
                 f"no sequence of {seq_len} among {max_tokens} tokens",
                 where=where,
-                hint="raise max_tokens, give it more weight, or leave the domain out",
+                hint="read more tokens, give it more weight, or leave the domain out",
             )
         available = domain.num_tokens // (seq_len - start_token)
         if not available:

@@ -21,6 +21,7 @@ TARGET = Target(
     ),
     shared_unit="equal",
     shared_always=True,
+    top_k_by_layer="moe_topk",
     config=lambda dense, shape, width, shared_width: {
         "intermediate_size": width,
         "moe_intermediate_size": width,

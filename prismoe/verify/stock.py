@@ -145,6 +145,8 @@ def load_layer(checkpoint: Checkpoint, layer: int, *, without: Sequence[str] = (
         config.moe_layer_end_index = 0
     if hasattr(config, "mlp_layer_types"):
         config.mlp_layer_types = config.mlp_layer_types[layer : layer + 1]
+    if isinstance(getattr(config, "moe_topk", None), list):
+        config.moe_topk = config.moe_topk[layer : layer + 1]
     if hasattr(config, "layer_rope_theta"):
         config.layer_rope_theta = config.layer_rope_theta[layer : layer + 1]
     prefix = f"{LAYERS}{layer}."

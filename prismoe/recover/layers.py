@@ -1,0 +1,178 @@
+"""The way through the layers: the dense model's hidden states go by on disk, and each mixture learns what passes.
+
+In memory is one dense layer, one layer of the mixture with its optimizer, and what a batch takes; on disk, for the
+whole text, the hidden states before and after a layer and what enters and leaves its FFN. A layer that is done is one
+file; after a stop the work goes on with the first layer that has none, from the hidden states before it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from prismoe.calibrate.parts import Parts
+from prismoe.calibrate.states import States
+from prismoe.checkpoint.tensorfile import read_sealed, sealed_bytes
+from prismoe.folder import write_atomic
+from prismoe.progress import Progress
+from prismoe.recover.block import Block, down_keys, layer_keys
+from prismoe.recover.job import Job
+from prismoe.recover.learn import Lesson, Measured, learn, measure
+from prismoe.strictjson import parse_json
+
+__all__ = ["LayerDone", "recover_layers"]
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """A layer that is finished: its file (None where its tensors stay) and what was measured.
+
+    `before` is the relative error of the folder as it was; `measured` of what is in the file.
+    """
+
+    layer: int
+    file: Path
+    learned: bool
+    before: float
+    measured: Measured
+
+    @classmethod
+    def read(cls, layer: int, file: Path) -> LayerDone:
+        """From a file that `recover_layers` wrote.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        _, metadata, _ = read_sealed(file, keys={"numbers"})
+        numbers = parse_json(metadata["numbers"].encode(), where=str(file))
+        measured = Measured(**{name: tuple(values) for name, values in numbers.pop("measured").items()})
+        return cls(layer, file, measured=measured, **numbers)
+
+
+def recover_layers(job: Job, scratch: Path, *, on_progress: Progress) -> list[LayerDone]:
+    """Every layer with experts, in order; those that have their file in `scratch` are done."""
+    scratch.mkdir(exist_ok=True)
+    files = {layer: scratch / f"layer-{layer:05d}.safetensors" for layer in job.layers}
+    if not all(file.is_file() for file in files.values()):
+        sweep = _Sweep(job, scratch, files, on_progress)
+        sweep.run()
+    return [LayerDone.read(layer, file) for layer, file in files.items()]
+
+
+class _Sweep:
+    def __init__(self, job: Job, scratch: Path, files: dict[int, Path], on_progress: Progress) -> None:
+        self.job, self.scratch, self.files, self.on_progress = job, scratch, files, on_progress
+        self.device = torch.device(job.config.device)
+        self.dtype = torch.bfloat16 if job.config.precision == "bf16" else torch.float32
+        self.parts = Parts(job.dense, dtype=self.dtype, device=self.device)
+
+    def run(self) -> None:
+        """The text through the layers, from the first that has no file on."""
+        layers = self.job.layers
+        done = [layer for layer in layers if self.files[layer].is_file()]
+        # A layer's file is written after the hidden states behind it: what a file stands for is whole.
+        first = done[-1] + 1 if done else 0
+        hidden = self._states(f"hidden-{first}", made=True) if done else self._embed()
+        for layer in range(first, layers[-1] + 1):
+            hidden = self._layer(layer, hidden)
+        hidden.remove()
+
+    def _embed(self) -> States:
+        hidden = self._states("hidden-0", made=False)
+        for first, stop in self._batches():
+            hidden.write(first, self.parts.embed(torch.from_numpy(self.job.text.ids(first, stop))))
+        return hidden
+
+    def _layer(self, layer: int, hidden: States) -> States:
+        after = self._states(f"hidden-{layer + 1}", made=False)
+        names = ("inputs", "outputs") if layer in self.files else ()
+        ends = {name: self._states(name, made=False) for name in names}
+        self._through(layer, hidden, after, ends)
+        after.flush()
+        if ends:
+            self._learn(layer, **ends)
+        for states in (hidden, *ends.values()):
+            states.remove()
+        return after
+
+    def _through(self, layer: int, hidden: States, after: States, ends: dict[str, States]) -> None:
+        """All text through a dense layer; `ends` get what enters and leaves its FFN."""
+        (base,) = self.parts.layers(layer, layer + 1)
+        mlp, first = base.layers[0].mlp, 0
+        handles = []
+        if ends:
+            handles = [
+                mlp.register_forward_pre_hook(lambda module, inputs: ends["inputs"].write(first, inputs[0])),
+                mlp.register_forward_hook(lambda module, inputs, output: ends["outputs"].write(first, output)),
+            ]
+        try:
+            with torch.no_grad():
+                for first, stop in self._batches():
+                    entering_BTD = hidden.read(first, stop, device=self.device)
+                    after.write(first, base(inputs_embeds=entering_BTD, use_cache=False).last_hidden_state)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _learn(self, layer: int, *, inputs: States, outputs: States) -> None:
+        job, total = self.job, len(self.job.layers)
+        number = job.layers.index(layer)
+        training, held = (Lesson(inputs, outputs, rows, self.device) for rows in job.rows)
+        block = self._block(layer)
+        before = measure(block, held, top_k=job.top_k)
+        start = before
+        if job.learning_k != job.top_k:  # its own factor, from the text that is learned from
+            block.multiply(self._down(layer), measure(block, training, top_k=job.top_k).factors[job.learning_k - 1])
+            start = measure(block, held, top_k=job.learning_k)
+
+        def on_step(step: int, steps: int, error: float) -> None:
+            what = f"recover: layer {layer}, error {error:.3f}"
+            self.on_progress(what, number * steps + step, total * steps)
+
+        learn(block, training, job.config, layer=layer, top_k=job.learning_k, on_step=on_step)
+        changed = block.round()
+        measured = measure(block, held, top_k=job.learning_k)
+        learned = measured.errors[job.learning_k - 1] < start.errors[job.learning_k - 1]
+        if not learned and job.learning_k == job.top_k:
+            changed, measured = {}, before  # as it was: an exact copy of the FFN cannot learn
+        self._write(layer, changed, before.errors[job.top_k - 1], measured, learned)
+
+    def _block(self, layer: int) -> Block:
+        job = self.job
+        keys = layer_keys(job.target, layer, num_experts=job.num_experts, train=job.config.train)
+        return Block(job.moe, layer, keys, device=self.device)
+
+    def _down(self, layer: int) -> list[str]:
+        return down_keys(self.job.target, layer, num_experts=self.job.num_experts)
+
+    def _write(
+        self, layer: int, changed: dict[str, torch.Tensor], before: float, measured: Measured, learned: bool
+    ) -> None:
+        entries = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in changed.items()]
+        data = b"".join(_array(tensor).tobytes() for tensor in changed.values())
+        numbers = {"before": before, "learned": learned, "measured": asdict(measured)}
+        write_atomic(self.files[layer], sealed_bytes(entries, data, metadata={"numbers": json.dumps(numbers)}))
+
+    def _states(self, name: str, *, made: bool) -> States:
+        shape = (len(self.job.text), self.job.text.seq_len, self.job.dense.family.hidden_size)
+        return States(self.scratch / f"{name}.bin", shape=shape, dtype=self.dtype, made=made)
+
+    def _batches(self) -> list[tuple[int, int]]:
+        size, count = self.job.config.batch_size, len(self.job.text)
+        return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    if tensor.dtype is torch.bfloat16:
+        found: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return found
+    found = tensor.numpy()
+    return found

@@ -1,0 +1,57 @@
+"""What a recovery is made of. No torch here: a config file is checked without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from prismoe.errors import UsageError
+
+__all__ = ["RecoverConfig"]
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class RecoverConfig:
+    """Settings of `recover`. The defaults are those that did best in docs/recovery.md.
+
+    `train` says what of a layer's mixture learns: its router alone, or its experts too, the shared one among them.
+    Text: about `tokens` tokens of the train splits, in windows of `seq_len` (0: the model's positions, at most 2048);
+    an eighth of them, at most 8192, is kept back to measure on. Each layer makes `epochs` passes over the rest in
+    batches of `batch_tokens`, by AdamW with a peak of `lr` (warm-up over a twentieth of the steps, then half a cosine
+    down to a tenth). `balance` is the coefficient of the Switch loss beside the relative squared error (0: none).
+    `budget` is the mean number of experts that a token may be given in a layer, `error` the largest relative error
+    that a layer may have: K follows from either (see `choose_top_k`); without them it stays.
+    `batch_size` windows go through the dense model at a time.
+    """
+
+    train: Literal["router", "router+experts"] = "router+experts"
+    tokens: Positive = 100_000
+    epochs: Positive = 4
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    batch_tokens: Positive = 1024
+    balance: Annotated[float, Field(ge=0)] = 0.01
+    budget: Annotated[float, Field(ge=1)] | None = None
+    error: Annotated[float, Field(gt=0)] | None = None
+    seq_len: Count = 0
+    batch_size: Positive = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            try:
+                TypeAdapter(hints[item.name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+            except ValidationError as error:
+                problem = error.errors(include_url=False)[0]["msg"]
+                raise UsageError(f"{value!r}: {problem}", where=f"recover.{item.name}") from error
+        if self.budget is not None and self.error is not None:
+            raise UsageError("a budget and a largest error", where="recover.error", needed="one of them")
