@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from prismoe.doctor import doctor
 from prismoe.errors import NumericalError
 from prismoe.train.device import product_rate
+from prismoe.train.metrics import read_metrics
 from prismoe.train.runtime import Lever, levers, runtime
 from prismoe.train.speed import Timing
 
@@ -125,3 +127,12 @@ def test_mfu_of_a_cpu_is_the_share_of_a_product_measured_in_this_process(tmp_pat
     muted = Timing(tmp_path / "muted.jsonl", **settings, muted=True)  # only one process measures
     assert "mfu" not in muted.step(1, 1000)
     muted.close()
+
+
+def test_half_a_line_of_a_machine_that_went_down_is_not_written_behind(tmp_path: Path) -> None:
+    path = tmp_path / "timing.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "seco')
+    timing = Timing(path, flops=1e9, world=1, device=torch.device("cpu"), muted=False)
+    timing.step(2, 1000)
+    timing.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]

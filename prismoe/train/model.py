@@ -221,10 +221,12 @@ def save_model(model: Any, origin: Origin, out: Path, *, engine: Engine) -> list
 
 
 def _write_shard(parts: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(parts, path, metadata={"format": "pt"})
-        with path.open("rb") as file:
+        save_file(parts, partial, metadata={"format": "pt"})
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
+        partial.rename(path)
     except (OSError, SafetensorError) as error:
         raise ResourceError(f"cannot write: {error}", where=str(path)) from error
     with safe_open(path, framework="pt") as file:

@@ -78,7 +78,9 @@ class Timing:
     """`timing.jsonl`: what the clock says of each step, apart from the log, whose bytes must not depend on it."""
 
     def __init__(self, path: Path, *, flops: float, world: int, device: Any, muted: bool, bf16: bool = False) -> None:
-        self._file = (Path(os.devnull) if muted else path).open("a")
+        self._file = (Path(os.devnull) if muted else path).open("ab")
+        if not muted and path.stat().st_size:  # of a machine that went down, half a line may be left
+            self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
         self._flops, self._world, self._device = flops, world, device
         import torch
 
@@ -103,7 +105,7 @@ class Timing:
         if self._peak is not None:
             line |= {"mfu": round(rate * self._flops / self._peak, 4), "peak_flops": round(self._peak)}
         line["memory_bytes"] = self._memory()
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write((json.dumps(line) + "\n").encode())
         self._file.flush()
         return line
 
