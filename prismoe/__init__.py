@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prismoe.evaluate import Control, Scores, evaluate, static_control
     from prismoe.importing import Imported, import_checkpoint
     from prismoe.plan import LayerPlan, Plan, make_plan, plan_shape
+    from prismoe.recover import RecoverConfig, Recovered, recover
     from prismoe.reference import reference_loss
     from prismoe.report import write_report
     from prismoe.routing.prune_experts import PrunedExperts, prune_experts
@@ -70,6 +71,8 @@ __all__ = [
     "PretrainConfig",
     "PrismoeError",
     "PrunedExperts",
+    "RecoverConfig",
+    "Recovered",
     "ResourceError",
     "RoutingTrace",
     "Run",
@@ -93,6 +96,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "prune_experts",
+    "recover",
     "reference_loss",
     "run",
     "sift",
@@ -124,6 +128,7 @@ _HOMES = {
     "evaluate": ("Control", "Scores", "evaluate", "static_control"),
     "importing": ("Imported", "import_checkpoint"),
     "plan": ("LayerPlan", "Plan", "make_plan", "plan_shape"),
+    "recover": ("RecoverConfig", "Recovered", "recover"),
     "reference": ("reference_loss",),
     "report": ("write_report",),
     "routing.prune_experts": ("PrunedExperts", "prune_experts"),

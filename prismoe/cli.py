@@ -52,6 +52,9 @@ VERBS: dict[str, Verb] = {
     ),
     "prepare": Verb(stages.prepare, "turn the text of each domain into tokens", ("data",)),
     "calibrate": Verb(stages.stages, "measure on text what a plan looks at", ("calibrate", "plan", "data")),
+    "recover": Verb(
+        stages.stages, "have each layer of the mixture learn its dense FFN, from few tokens", ("recover", "data")
+    ),
     "pretrain": Verb(stages.stages, "train the mixture on the weighted domains", ("pretrain", "data")),
     "tune": Verb(tuning.tune, "instruction-tune a model folder on conversations", ("tune",)),
     "chat": Verb(

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from prismoe.console import Screen, bytes_text, count_text, seconds_text
 from prismoe.showforecast import show_forecast
+from prismoe.showrecovery import recovery_line, show_recovery
 from prismoe.showscores import scores_line, show_scores
 from prismoe.showtrace import show_trace, trace_line
 from prismoe.showtune import show_tune, tune_line
@@ -341,6 +342,7 @@ _SUMMARIES: dict[str, Callable[[Receipt], str]] = {
     "train-filter": _train_filter_line,
     "prepare": _prepare_line,
     "calibrate": _calibrate_line,
+    "recover": recovery_line,
     "pretrain": _pretrain_line,
     "tune": tune_line,
     "eval": scores_line,
@@ -357,6 +359,7 @@ _VIEWS: dict[str, Callable[[Screen, Receipt], None]] = {
     "sift": _sift,
     "prepare": _prepare,
     "calibrate": _calibrate,
+    "recover": show_recovery,
     "pretrain": _pretrain,
     "tune": show_tune,
     "eval": show_scores,

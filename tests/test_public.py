@@ -23,7 +23,7 @@ FLOORS = (
     *("errors", "progress", "recipe", "registry", "folder", "room", "checkpoint", "stats", "layerplan", "balance"),
     *("methods", "routerinit", "plan", "target", "lowering", "targets", "account", "portability"),
     *("convert", "densify", "verify"),
-    *("data", "train", "calibrate", "evaluate", "routing", "reference", "tune", "importing"),
+    *("data", "train", "calibrate", "recover", "evaluate", "routing", "reference", "tune", "importing"),
     *("generate", "chat", "mtbench"),
     *("config", "console", "doctor", "state", "views", "report"),
     *("run", "showmixture", "show", "demo", "verbs", "cli", "__main__"),

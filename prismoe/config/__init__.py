@@ -37,7 +37,9 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
     binder = Binder(known_keys())
     sections = binder.keys(root, "", [item.name for item in fields(Config) if item.name != "places"])
     hints = get_type_hints(
-        Config, localns=dict.fromkeys(("CalibrateConfig", "PretrainConfig", "TuneConfig"), Any), include_extras=True
+        Config,
+        localns=dict.fromkeys(("CalibrateConfig", "RecoverConfig", "PretrainConfig", "TuneConfig"), Any),
+        include_extras=True,
     )
     values: dict[str, Any] = {"places": {"": origin, **dict(_places(root, ""))}}
     for name, at in sections.items():
@@ -49,6 +51,8 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
             values[name] = None if at.value is None else _tune(binder, at)
         elif name == "calibrate":
             values[name] = None if at.value is None else _calibrate(binder, at)
+        elif name == "recover":
+            values[name] = None if at.value is None else _recover(binder, at)
         elif name == "data":
             values[name] = None if at.value is None else _data(binder, at)
         elif name == "convert":
@@ -61,8 +65,9 @@ def load_config(path: str | Path | None = None, *, overrides: Sequence[str] = ()
     config = Config(**values)
     calibrate = config.calibrate and replace(config.calibrate, **_chosen(config), seed=config.seed)
     pretrain = config.pretrain and replace(config.pretrain, seed=config.seed)
+    recovered = config.recover and replace(config.recover, seed=config.seed)
     tuned = config.tune and replace(config.tune, seed=config.seed)
-    return replace(config, calibrate=calibrate, pretrain=pretrain, tune=tuned)
+    return replace(config, calibrate=calibrate, recover=recovered, pretrain=pretrain, tune=tuned)
 
 
 def _chosen(config: Config) -> dict[str, Any]:
@@ -165,6 +170,13 @@ def _calibrate(binder: Binder, at: Located) -> Any:
     from prismoe.calibrate.settings import CalibrateConfig
 
     return binder.record(CalibrateConfig, at, "calibrate", without="seed")
+
+
+def _recover(binder: Binder, at: Located) -> Any:
+    """The recover section, likewise."""
+    from prismoe.recover.settings import RecoverConfig
+
+    return binder.record(RecoverConfig, at, "recover", without="seed")
 
 
 def _pretrain(binder: Binder, at: Located) -> Any:

@@ -57,10 +57,12 @@ def wanted_statistics(plan: PlanConfig) -> dict[str, Any]:
 def known_keys() -> dict[str, tuple[Any, Any]]:
     """Every dotted key of a config with (type, default; MISSING where it must be set), for `prismoe VERB --help`."""
     from prismoe.calibrate.settings import CalibrateConfig
+    from prismoe.recover.settings import RecoverConfig
     from prismoe.train.settings import PretrainConfig
     from prismoe.tune.settings import TuneConfig
 
-    sections = {"CalibrateConfig": CalibrateConfig, "PretrainConfig": PretrainConfig, "TuneConfig": TuneConfig}
+    classes = (CalibrateConfig, RecoverConfig, PretrainConfig, TuneConfig)
+    sections = {section.__name__: section for section in classes}
     found: dict[str, tuple[Any, Any]] = {}
 
     def walk(cls: Any, prefix: str) -> None:

@@ -14,6 +14,7 @@ from prismoe.plan.rescale import Scale
 
 if TYPE_CHECKING:
     from prismoe.calibrate.settings import CalibrateConfig
+    from prismoe.recover.settings import RecoverConfig
     from prismoe.train.settings import PretrainConfig
     from prismoe.tune.settings import TuneConfig
 
@@ -127,7 +128,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.suite is not None and self.tasks is not None:
             raise UsageError("a suite and tasks", where="eval.tasks", needed="one of them")
-        if taken := {"dense", "step 0", "trained", "static"} & {*(self.models or ())}:
+        if taken := {"dense", "step 0", "recovered", "trained", "static"} & {*(self.models or ())}:
             raise UsageError(f"{min(taken)!r} is the run's own", where="eval.models", needed="another name")
 
     @property
@@ -168,6 +169,7 @@ class Config:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     data: DataConfig | None = None
+    recover: RecoverConfig | None = None
     pretrain: PretrainConfig | None = None
     tune: TuneConfig | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -208,7 +210,7 @@ class Config:
             found.get(section, {}).update(found.get(section, {}).pop("arguments", {}))
         for spec in found.get("data", {}).get("filters", ()):
             spec.update(spec.pop("arguments"))
-        for section in ("calibrate", "pretrain", "tune"):
+        for section in ("calibrate", "recover", "pretrain", "tune"):
             found.get(section, {}).pop("seed", None)  # one seed for the whole run
         for key in ("quantities", "clusters"):
             if f"calibrate.{key}" not in self.places:  # chosen by the plan, and again when it changes

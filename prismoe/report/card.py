@@ -23,7 +23,7 @@ from prismoe.views import summary
 __all__ = ["NAME", "write_cards"]
 
 NAME = "README.md"
-MODELS = {"moe": "step 0", "train/model": "trained"}  # folder of a run: what `eval` calls it
+MODELS = {"moe": "step 0", "recovered": "recovered", "train/model": "trained"}  # folder of a run: what `eval` calls it
 MARK = re.compile(r"\n<!-- prismoe ([0-9a-f]{16}) -->\n$")
 
 

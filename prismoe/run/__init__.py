@@ -172,7 +172,7 @@ def _builds_on(name: str, config: Config) -> tuple[str, ...]:
     after = STAGES[name].after
     if name != "pretrain" or config.pretrain is None or config.pretrain.model == "moe":
         return after
-    others = tuple(other for other in after if other != "convert")
+    others = tuple(other for other in after if other not in ("convert", "recover"))
     return ("plan", *others) if config.pretrain.model == "online" else others
 
 
@@ -194,8 +194,8 @@ def _wanted(config: Config, name: str) -> bool:
 
 def _has_sections(config: Config, name: str) -> bool:
     if config.pretrain is not None and name in {
-        "dense": ("plan", "convert", "verify", "trace"),
-        "online": ("convert", "verify"),
+        "dense": ("plan", "convert", "verify", "recover", "trace"),
+        "online": ("convert", "verify", "recover"),
     }.get(config.pretrain.model, ()):
         return False
     stage = STAGES[name]
@@ -225,7 +225,7 @@ def _late_key(name: str, keys: Mapping[str, str], state: Mapping[str, Any]) -> s
     """Scores and report show what is there, so their keys also depend on what is there by now."""
     if name not in ("eval", "trace", "report"):
         return keys[name]
-    there = {other: record["key"] for other, record in state.items() if other in ("convert", "pretrain")}
+    there = {other: record["key"] for other, record in state.items() if other in ("convert", "recover", "pretrain")}
     there |= {other: record["key"] for other, record in state.items() if name == "report" and other != "report"}
     return hashlib.sha256(json.dumps([keys[name], there], sort_keys=True).encode()).hexdigest()
 
@@ -235,7 +235,7 @@ def _check_before(work: Work, names: Sequence[str], keys: Mapping[str, str], sta
     for name in names:
         record = state.get(name)
         # prepare adds further files to what it has, and refuses anything else itself.
-        kept = name in ("convert", "calibrate", "pretrain") or (name == "plan" and "convert" in state)
+        kept = name in ("convert", "calibrate", "recover", "pretrain") or (name == "plan" and "convert" in state)
         if record and kept and record["key"] != keys[name] and not work.force:
             raise UsageError(
                 f"{name} is finished with other settings{_difference(record['settings'], name, work.config)}",

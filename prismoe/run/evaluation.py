@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prismoe.errors import InputError, UsageError
 from prismoe.folder import MANIFEST, sha256_file, write_json_atomic
+from prismoe.run.recovery import RECOVERED
 from prismoe.state import read_state
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["check_evaluation", "evaluate_run", "is_evaluated", "measured", "scored_files"]
 
 TEXT = ("seq_len", "max_tokens", "batch_size")
+MADE = {"moe": "step 0", RECOVERED: "recovered", "train/model": "trained"}
+"""What a run makes: folder, and what it is called."""
 
 
 def is_evaluated(config: Config) -> bool:
@@ -138,7 +141,7 @@ def _first(work: Work) -> str:
 
 
 def _models(work: Work) -> dict[str, str | Path | Checkpoint]:
-    made = {"step 0": work.folder("moe"), "trained": work.folder("train/model")}
+    made = {name: work.folder(folder) for folder, name in MADE.items()}
     found: dict[str, str | Path | Checkpoint] = {_first(work): work.checkpoint}
     found |= {name: path for name, path in made.items() if (path / "config.json").is_file()}
     return found | (work.config.eval.models or {})
@@ -207,8 +210,10 @@ def _to_come(work: Work) -> list[str]:
     written = "plan" in config.places or config.data is not None
     mixture = written and (config.pretrain is None or config.pretrain.model == "moe")
     trained = config.pretrain is not None and config.data is not None
-    there = [work.out is not None and (work.out / name / "config.json").is_file() for name in ("moe", "train/model")]
-    return [name for name, found in (("step 0", mixture or there[0]), ("trained", trained or there[1])) if found]
+    recovered = mixture and config.recover is not None and config.data is not None
+    coming = {"step 0": mixture, "recovered": recovered, "trained": trained}
+    there = {name for at, name in MADE.items() if work.out is not None and (work.out / at / "config.json").is_file()}
+    return [name for name in MADE.values() if coming[name] or name in there]
 
 
 def _decontaminated(work: Work) -> dict[str, Any] | None:

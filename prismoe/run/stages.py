@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prismoe.errors import InputError, UsageError
 from prismoe.progress import Progress
 from prismoe.run.evaluation import check_evaluation, evaluate_run, is_evaluated, measured
+from prismoe.run.recovery import RECOVERED, recover_run
 from prismoe.run.texts import SIFTED, is_sifted, prepare_part, sift_texts, sifting, texts
 from prismoe.run.tracing import check_trace, trace_run, traced
 
@@ -315,10 +316,18 @@ STAGES: dict[str, Stage] = {
     ),
     "convert": Stage(_convert, "moe/manifest.json", ("plan",), lambda c: {"convert": asdict(c.convert)}, dry=True),
     "verify": Stage(_verify, "moe/certificate.json", ("convert",), lambda c: {"verify": asdict(c.verify)}),
+    "recover": Stage(
+        recover_run,
+        f"{RECOVERED}/manifest.json",
+        ("convert", "prepare"),
+        lambda c: {"seed": c.seed, "weights": c.need("data").weights, "recover": _keys(c.need("recover"))},
+        needs=("recover", "data"),
+        dry=True,
+    ),
     "pretrain": Stage(
         _pretrain,
         "train/manifest.json",
-        ("convert", "prepare"),
+        ("convert", "prepare", "recover"),
         lambda c: {
             "seed": c.seed,
             "weights": c.need("data").weights,

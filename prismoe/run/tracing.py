@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.run.recovery import RECOVERED
 
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
@@ -62,7 +63,9 @@ def trace_run(work: Work) -> dict[str, Any]:
 
     settings, training = work.config.trace, work.config.pretrain
     own: list[str | Path | Checkpoint] = [
-        path for path in (work.folder("train/model"), work.folder("moe")) if (path / "config.json").is_file()
+        path
+        for path in (work.folder("train/model"), work.folder(RECOVERED), work.folder("moe"))
+        if (path / "config.json").is_file()
     ]
     if settings.model is None and not own:
         raise InputError("no mixture to trace", where=str(work.out), hint="`prismoe convert` first, or trace.model")

@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from prismoe.run.recovery import mixture
 from prismoe.train.engine.layout import Layout, launched
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ def train(work: Work) -> dict[str, Any]:
     from prismoe.train.pretrain import pretrain
 
     settings = work.config.need("pretrain")
-    source = work.folder("moe") if settings.model == "moe" else work.checkpoint
-    needed = [*work.domains(), *([work.folder("moe")] if settings.model == "moe" else [])]
+    source = mixture(work) if settings.model == "moe" else work.checkpoint
+    needed = [*work.domains(), *([mixture(work)] if settings.model == "moe" else [])]
     missing = [path.name for path in needed if not (path / "manifest.json").is_file()] if work.dry_run else []
     if settings.model != "moe" and work.dry_run and not work.checkpoint.has_weights and settings.init == "source":
         missing.append("the weights of the source")

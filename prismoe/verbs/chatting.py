@@ -241,7 +241,7 @@ def _model(job: Job) -> str | Path:
     folder = Path(job.subject)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return job.subject
-    for name in ("model", "train/model", "moe"):
+    for name in ("model", "train/model", "recovered", "moe"):
         if (folder / name / "config.json").is_file():
             return folder / name
     raise InputError("no model in it", where=job.subject, needed="config.json")

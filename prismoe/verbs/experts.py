@@ -79,4 +79,5 @@ def _run_folder(subject: str) -> Path | None:
 
 def _model(run: Path) -> Path:
     """The mixture of a run: trained where it was, else as it was converted."""
-    return next((path for path in (run / "train" / "model", run / "moe") if path.is_dir()), run / "moe")
+    places = (run / "train" / "model", run / "recovered", run / "moe")
+    return next((path for path in places if path.is_dir()), run / "moe")

@@ -13,7 +13,7 @@ __all__ = ["PLACE", "section"]
 
 PLACE = 58
 MOST_EXPERTS, MOST_TOKENS = 16, 6
-PLACES = ("train/model", "moe")  # where a run keeps the tokenizer of what was traced
+PLACES = ("train/model", "recovered", "moe")  # where a run keeps the tokenizer of what was traced
 
 
 def section(found: Findings) -> Section | None:
