@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -267,7 +268,8 @@ def _with_command(error: PrismoeError, argv: Sequence[str]) -> PrismoeError:
 
 
 AGAIN = "the same command continues"
-RESOURCES = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RESOURCES = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
 def _for_people(error: BaseException) -> PrismoeError:
@@ -276,10 +278,14 @@ def _for_people(error: BaseException) -> PrismoeError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return InterruptedRun(f"stopped by {error or 'SIGINT'}", hint=AGAIN)
-    if isinstance(error, MemoryError):
-        return ResourceError("out of memory", hint="prismoe VERB --dry-run estimates what is needed")
+    from prismoe.room import exhausted, unwritten
+
     if isinstance(error, OSError) and error.errno in RESOURCES:
-        return ResourceError(str(error.strerror), where=str(error.filename or ""))
+        if error.filename is None:
+            return ResourceError(str(error.strerror))
+        return unwritten(Path(os.fsdecode(error.filename)), error, what="not possible")
+    if isinstance(error, MemoryError | OSError | RuntimeError) and (found := exhausted(error)):
+        return found
     text = " ".join(str(error).split())[:300]
     return PrismoeError(f"{type(error).__name__}: {text}", where="internal error", hint="--debug shows where")
 

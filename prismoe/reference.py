@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 from prismoe.checkpoint import Checkpoint
@@ -11,6 +12,7 @@ from prismoe.data.shards import Domain
 from prismoe.errors import InputError, UsageError
 from prismoe.evaluate import evaluate
 from prismoe.folder import MANIFEST, Manifest, sha256_file
+from prismoe.lock import hold_file
 from prismoe.progress import Progress, quiet
 
 __all__ = ["find_domains", "reference_loss"]
@@ -37,6 +39,7 @@ def reference_loss(
     Raises:
         UsageError: no domain, or `out` is a folder.
         InputError: a model or domain that is damaged, or was made with another tokenizer.
+        ResourceError: another process makes `out`, or it cannot be written.
         NumericalError: a loss that is not finite.
     """
     opened = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
@@ -44,38 +47,38 @@ def reference_loss(
         raise UsageError(
             "a folder", where=str(out), needed="the name of a file", hint=f"{Path(out) / 'reference.json'}"
         )
-    scores = evaluate(
-        {"reference": model},
-        opened,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        threads=threads,
-        offline=offline,
-        on_progress=on_progress,
-    )
-    losses = {}
-    for domain in opened:
-        score = scores.of("reference", domain.name)
-        losses[domain.name] = DomainReference(
-            loss=score.loss,
-            standard_error=score.standard_error,
-            scored_tokens=score.scored_tokens,
-            documents=score.documents,
-            domain_sha256=sha256_file(domain.folder / MANIFEST),
-            heldout_sha256=heldout_sha256(domain),
+    with hold_file(Path(out)) if out is not None else nullcontext():
+        scores = evaluate(
+            {"reference": model},
+            opened,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            threads=threads,
+            offline=offline,
+            on_progress=on_progress,
         )
-    found = Reference(
-        losses=losses,
-        model=scores.models["reference"],
-        tokenizer_sha256=opened[0].tokenizer_sha256,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-    )
-    if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        found.write(Path(out))
-    return found
+        losses = {}
+        for domain in opened:
+            score = scores.of("reference", domain.name)
+            losses[domain.name] = DomainReference(
+                loss=score.loss,
+                standard_error=score.standard_error,
+                scored_tokens=score.scored_tokens,
+                documents=score.documents,
+                domain_sha256=sha256_file(domain.folder / MANIFEST),
+                heldout_sha256=heldout_sha256(domain),
+            )
+        found = Reference(
+            losses=losses,
+            model=scores.models["reference"],
+            tokenizer_sha256=opened[0].tokenizer_sha256,
+            seq_len=seq_len,
+            max_tokens=max_tokens,
+        )
+        if out is not None:
+            found.write(Path(out))
+        return found
 
 
 def find_domains(folder: str | Path) -> list[Domain]:

@@ -10,13 +10,14 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
 from prismoe.convert.gather import Gatherer
 from prismoe.convert.layout import Shard
-from prismoe.errors import ResourceError
 from prismoe.folder import FileEntry, fsync_folder
+from prismoe.room import unwritten
 
 __all__ = ["BUFFER_BYTES", "Stopped", "write_shard"]
 
@@ -62,9 +63,10 @@ def write_shard(
         partial.rename(folder / shard.name)
         fsync_folder(folder)
     except OSError as error:
-        raise ResourceError(f"cannot write: {error.strerror}", where=str(folder / shard.name)) from error
+        raise unwritten(folder / shard.name, error, size=shard.nbytes) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that became read-only; `claim` clears it away another time
+            partial.unlink(missing_ok=True)
     return {"sha256": digest, "bytes": shard.nbytes}
 
 

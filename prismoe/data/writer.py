@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.data.shards import Shard, SplitCounts
-from prismoe.errors import ResourceError
 from prismoe.folder import FileEntry, fsync_folder
+from prismoe.room import unwritten
 
 __all__ = ["HashedFile", "ShardWriter"]
 
@@ -83,7 +83,7 @@ class HashedFile:
         try:
             self._file: BinaryIO = self._partial.open("wb")
         except OSError as error:
-            raise ResourceError(f"cannot write: {error.strerror}", where=str(self._path)) from error
+            raise unwritten(self._path, error) from error
 
     def __enter__(self) -> HashedFile:
         return self
@@ -98,9 +98,7 @@ class HashedFile:
         try:
             self._file.write(array.data)
         except OSError as error:
-            raise ResourceError(
-                f"cannot write: {error.strerror}", where=str(self._path), hint="free some space and run it again"
-            ) from error
+            raise unwritten(self._path, error, size=self._size + array.nbytes) from error
         self._hash.update(array.data)
         self._size += array.nbytes
 
@@ -112,7 +110,7 @@ class HashedFile:
             self._file.close()
             self._partial.rename(self._path)
         except OSError as error:
-            raise ResourceError(f"cannot write: {error.strerror}", where=str(self._path)) from error
+            raise unwritten(self._path, error, size=self._size) from error
         return {"sha256": self._hash.hexdigest(), "bytes": self._size}
 
     def discard(self) -> None:
@@ -121,4 +119,5 @@ class HashedFile:
             OSError
         ):  # a full disk also fails the last flush; the error that brought us here is the one to tell
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that became read-only; `claim` clears it away another time
+            self._partial.unlink(missing_ok=True)

@@ -16,7 +16,9 @@ from prismoe.folder import versions, write_atomic
 from prismoe.generate.prompts import Prompt
 from prismoe.generate.sampling import Sampling
 from prismoe.generate.speaker import Speaker
+from prismoe.lock import hold_file
 from prismoe.progress import Progress, quiet
+from prismoe.room import unwritten
 
 __all__ = ["Answered", "answer_file", "answer_prompts"]
 
@@ -70,7 +72,8 @@ def answer_file(
 
     Raises:
         UsageError: a prompt without tokens or beyond the model's context; nothing has been written then.
-        ResourceError: `out` is there already (unless `force`), or `OUT.partial` is another job's.
+        ResourceError: `out` is there already (unless `force`), `OUT.partial` is another job's, or another process is
+            at it.
         InputError: the template refuses a prompt, or the model cannot be loaded.
     """
     if batch_size < 1:
@@ -80,27 +83,27 @@ def answer_file(
     ids = _checked(speaker, prompts, sampling)
     key = _key(speaker, prompts, sampling, batch_size)
     partial = out.with_name(out.name + ".partial")
-    lines = _continued(partial, key, batch_size, force=force)
-    resumed, tokens, began = len(lines), 0, time.monotonic()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(partial, b"".join([json.dumps({"job": key}).encode() + b"\n", *lines]))
-        with partial.open("ab") as file:
-            for first in range(resumed, len(prompts), batch_size):
-                on_progress("prompts", first, len(prompts))
-                part = slice(first, first + batch_size)
-                rows = _batch(speaker, prompts[part], ids[part], sampling)
-                made = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
-                tokens += sum(row["tokens"] for row in rows)
-                file.write(b"".join(made))
-                file.flush()
-                os.fsync(file.fileno())
-                lines += made
-    except OSError as error:
-        raise ResourceError(f"cannot write: {error.strerror}", where=str(partial)) from error
-    seconds = time.monotonic() - began
-    write_atomic(out, b"".join(lines))
-    partial.unlink()
+    with hold_file(out):
+        lines = _continued(partial, key, batch_size, force=force)
+        resumed, tokens, began = len(lines), 0, time.monotonic()
+        try:
+            write_atomic(partial, b"".join([json.dumps({"job": key}).encode() + b"\n", *lines]))
+            with partial.open("ab") as file:
+                for first in range(resumed, len(prompts), batch_size):
+                    on_progress("prompts", first, len(prompts))
+                    part = slice(first, first + batch_size)
+                    rows = _batch(speaker, prompts[part], ids[part], sampling)
+                    made = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+                    tokens += sum(row["tokens"] for row in rows)
+                    file.write(b"".join(made))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    lines += made
+        except OSError as error:
+            raise unwritten(partial, error) from error
+        seconds = time.monotonic() - began
+        write_atomic(out, b"".join(lines))
+        partial.unlink()
     on_progress("prompts", len(prompts), len(prompts))
     ended = sum(json.loads(line)["finish"] == "end" for line in lines)
     return Answered(str(out), len(lines), resumed, ended, tokens, tokens / seconds if tokens else None)

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prismoe.errors import ResourceError, UsageError
+from prismoe.errors import UsageError
 from prismoe.folder import Manifest, claim, hash_files, versions, write_atomic
 from prismoe.generate.sampling import Sampling
 from prismoe.generate.speaker import Speaker
 from prismoe.mtbench.questions import Question, read_questions
 from prismoe.progress import Progress, quiet
+from prismoe.room import unwritten
 from prismoe.tune.conversations import Message
 
 __all__ = ["KIND", "QUESTIONS", "Answers", "answer_questions", "answers_path"]
@@ -118,7 +119,7 @@ def answer_questions(
                     file.flush()
                     os.fsync(file.fileno())
         except OSError as error:
-            raise ResourceError(f"cannot write: {error.strerror}", where=str(path)) from error
+            raise unwritten(path, error) from error
         on_progress("questions", len(asked), len(asked))
         names = [QUESTIONS, str(path.relative_to(out))]
         parents = {"model": speaker.checkpoint.fingerprint}

@@ -21,6 +21,7 @@ from prismoe.mtbench.questions import read_answers, read_judge_prompts, read_que
 from prismoe.mtbench.requests import JudgeRequest, make_requests, read_results, write_requests
 from prismoe.mtbench.scores import CategoryScore, category_scores, rating
 from prismoe.progress import Progress, quiet
+from prismoe.room import unwritten
 
 __all__ = ["Judged", "judge_answers"]
 
@@ -201,7 +202,7 @@ def _append(
                 file.flush()
                 os.fsync(file.fileno())
     except OSError as error:
-        raise ResourceError(f"cannot write: {error.strerror}", where=str(path)) from error
+        raise unwritten(path, error) from error
 
 
 def _write(path: Path, found: Judgments) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from prismoe.errors import ResourceError
 from prismoe.folder import write_atomic
 from prismoe.report.drawing import DPI, Drawn, drawn_here
 from prismoe.report.page import Figure, Links, Section, Text
+from prismoe.room import unwritten
 
 __all__ = ["FOLDER", "write_pictures"]
 
@@ -30,7 +30,7 @@ def write_pictures(run_folder: Path, drawn: Mapping[Figure, Drawn]) -> Section |
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise ResourceError(f"cannot make the folder: {error.strerror}", where=str(folder)) from error
+        raise unwritten(folder, error, what="cannot make the folder") from error
     places = []
     for figure, picture in drawn.items():
         path = folder / f"{figure.name}.png"

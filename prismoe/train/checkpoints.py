@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from prismoe.errors import InputError, ResourceError
 from prismoe.folder import FileEntry, Manifest, make_folder, sha256_file, write_json_atomic
+from prismoe.room import unwritten
 from prismoe.train.engine import Engine
 from prismoe.train.routers import Policy
 
@@ -48,7 +49,7 @@ def save(folder: Path, *, step: int, engine: Engine, tensors: dict[str, torch.Te
     engine.at("saving")
     if engine.from_first(Manifest.read(target) is not None):
         return target
-    with _written(target):
+    with _written(target, _bytes(tensors)):
         if engine.first:
             shutil.rmtree(target, ignore_errors=True)
             make_folder(target)
@@ -160,7 +161,7 @@ def require_room(folder: Path, tensors: dict[str, torch.Tensor], engine: Engine)
         ResourceError: what is free and what is needed.
     """
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    needed = _bytes(tensors)
     free = engine.from_first(shutil.disk_usage(existing).free)
     if needed + (1 << 20) > free:
         raise ResourceError(
@@ -171,16 +172,20 @@ def require_room(folder: Path, tensors: dict[str, torch.Tensor], engine: Engine)
         )
 
 
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 @contextmanager
-def _written(target: Path) -> Iterator[None]:
-    """What goes wrong with a disk, in the words of our errors."""
+def _written(target: Path, size: int) -> Iterator[None]:
+    """What goes wrong with a disk while `size` bytes are written, in the words of our errors."""
     try:
         yield
     except OSError as error:
-        raise ResourceError(f"cannot write: {error.strerror or error}", where=str(target)) from error
+        raise unwritten(target, error, size=size) from error
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise ResourceError(f"cannot write: {reason}", where=str(target)) from error
+        raise unwritten(target, reason, size=size) from error
 
 
 @contextmanager

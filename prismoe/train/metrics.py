@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prismoe.errors import InputError
+from prismoe.room import unwritten
 
 __all__ = ["MetricsLog", "read_metrics"]
 
@@ -22,8 +24,13 @@ class MetricsLog:
 
         Raises:
             InputError: the log is shorter than the checkpoint says.
+            ResourceError: it cannot be written.
         """
-        self._file = (Path(os.devnull) if muted else path).open("ab")
+        self._path = path
+        try:
+            self._file = (Path(os.devnull) if muted else path).open("ab")
+        except OSError as error:
+            raise unwritten(path, error) from error
         if muted:
             return
         found = self._file.seek(0, os.SEEK_END)
@@ -40,16 +47,30 @@ class MetricsLog:
         return self._file.tell() if self._file.seekable() else 0
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write((json.dumps(line, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        """Append a line.
+
+        Raises:
+            ResourceError: the disk is full or fails.
+        """
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise unwritten(self._path, error, size=len(data)) from error
 
     def sync(self) -> None:
         """Make all lines durable, so that a checkpoint never remembers more than the disk holds."""
-        if self._file.name != os.devnull:
+        if self._file.name == os.devnull:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise unwritten(self._path, error) from error
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed: one that could not be was told then
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

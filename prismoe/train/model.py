@@ -20,8 +20,9 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.stockconfig import check_sizes
 from prismoe.convert.gather import Gatherer
 from prismoe.convert.stream import INDEX
-from prismoe.errors import InputError, NumericalError, ResourceError
+from prismoe.errors import InputError, NumericalError
 from prismoe.folder import check_once, fsync_folder, write_atomic, write_json_atomic
+from prismoe.room import unwritten
 from prismoe.train.compiling import compile_layers
 from prismoe.train.engine import Engine
 from prismoe.train.engine.placement import materialise, place
@@ -228,7 +229,7 @@ def _write_shard(parts: dict[str, torch.Tensor], path: Path) -> None:
             os.fsync(file.fileno())
         partial.rename(path)
     except (OSError, SafetensorError) as error:
-        raise ResourceError(f"cannot write: {error}", where=str(path)) from error
+        raise unwritten(path, error, size=sum(tensor.nbytes for tensor in parts.values())) from error
     with safe_open(path, framework="pt") as file:
         for key, tensor in parts.items():
             if not torch.equal(file.get_tensor(key), tensor):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prismoe.errors import ResourceError
+from prismoe.room import unwritten
 
 __all__ = ["SCALARS", "Scalars"]
 
@@ -67,7 +68,7 @@ class Scalars:
 
     def _failed(self, error: OSError) -> ResourceError:
         self._writer = None
-        return ResourceError(f"cannot write: {error.strerror or error}", where=str(self._folder))
+        return unwritten(self._folder, error)
 
 
 def _numbers(found: Mapping[str, Any], name: str) -> Iterator[tuple[str, float]]:

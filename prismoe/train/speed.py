@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prismoe.errors import UsageError
+from prismoe.room import unwritten
 
 __all__ = ["PEAK_TFLOPS", "TIMING", "Timing", "flops_per_token", "hardware_peak", "peak_flops"]
 
@@ -78,6 +80,7 @@ class Timing:
     """`timing.jsonl`: what the clock says of each step, apart from the log, whose bytes must not depend on it."""
 
     def __init__(self, path: Path, *, flops: float, world: int, device: Any, muted: bool, bf16: bool = False) -> None:
+        self._path = path
         self._file = (Path(os.devnull) if muted else path).open("ab")
         if not muted and path.stat().st_size:  # of a machine that went down, half a line may be left
             self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
@@ -105,12 +108,16 @@ class Timing:
         if self._peak is not None:
             line |= {"mfu": round(rate * self._flops / self._peak, 4), "peak_flops": round(self._peak)}
         line["memory_bytes"] = self._memory()
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(line) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise unwritten(self._path, error) from error
         return line
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed: one that could not be was told then
+            self._file.close()
 
     def _memory(self) -> int:
         """Most memory the device has held so far; of a CPU process, what it holds at most."""

@@ -17,6 +17,7 @@ from typing import Any
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, PrismoeError, ResourceError, UsageError
 from prismoe.folder import Manifest, claim, hash_files, remove_folder, write_json_atomic
+from prismoe.lock import LOCK, check_free
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
 from prismoe.train.engine.layout import launched
@@ -98,6 +99,7 @@ def tune(
     if launched()[1] > 1:
         raise UsageError(f"{launched()[1]} processes", where="tune", needed="one process")
     out = Path(out)
+    check_free(out / LOCK, where=out)  # reading all conversations takes its time
     with _told():
         config = replace(config, arguments=_arguments(config))
     checkpoint = Checkpoint.open(source, offline=offline)

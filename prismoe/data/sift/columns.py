@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.data.sift.duplicates import BANDS
-from prismoe.errors import InputError, ResourceError
+from prismoe.errors import InputError
 from prismoe.folder import fsync_folder
+from prismoe.room import unwritten
 
 __all__ = ["COLUMNS", "ColumnWriter", "complete", "read"]
 
@@ -47,7 +48,7 @@ class ColumnWriter:
             for column in self._columns:
                 self._files[column] = self._partial(column).open("wb")
         except OSError as error:
-            raise ResourceError(f"cannot write: {error.strerror}", where=str(self._folder)) from error
+            raise unwritten(self._folder, error) from error
         return self
 
     def _partial(self, column: str) -> Path:
@@ -59,8 +60,7 @@ class ColumnWriter:
             for column in self._columns:
                 self._files[column].write(np.ascontiguousarray(arrays[column], _dtype(column).base).tobytes())
         except OSError as error:
-            hint = "free some space and run it again"
-            raise ResourceError(f"cannot write: {error.strerror}", where=str(self._folder), hint=hint) from error
+            raise unwritten(self._folder, error) from error
 
     def finish(self) -> None:
         """Make every column durable under its name."""
@@ -72,7 +72,7 @@ class ColumnWriter:
             for column in self._columns:
                 self._partial(column).rename(self._folder / f"{self._stem}.{column}")
         except OSError as error:
-            raise ResourceError(f"cannot write: {error.strerror}", where=str(self._folder)) from error
+            raise unwritten(self._folder, error) from error
         fsync_folder(self._folder)
 
     def __exit__(
