@@ -137,7 +137,7 @@ def test_a_rank_that_stands_still_is_named():
     (line,) = said
     assert line.startswith("step 7: rank 1 ")
     assert "phase 'forward'" in line
-    assert "seen by rank 0, which waits in 'adding up gradients'" in line
+    assert "seen by rank 0, which waits in 'adding up gradients' of step 7" in line
 
 
 def test_a_process_that_moves_is_left_alone():
@@ -159,6 +159,10 @@ def test_who_holds_up_the_others():
     assert "rank 1 has not moved from phase 'backward' for 30 s" in str(behind(places, me=0, stood=30.0, now=101.0))
     places[1] = place(8, 60.0)
     assert "rank 1 has said nothing since phase 'backward'" in str(behind(places, me=0, stood=30.0, now=101.0))
+    places[1] = place(9, 60.0)  # it had come as far as the others when it said so
+    line = str(behind(places, me=2, stood=30.0, now=101.0))
+    assert "rank 1 has said nothing since phase 'backward' for 30 s" in line
+    assert "seen by rank 2, which waits in 'backward' of step 3;" in line
 
 
 @pytest.mark.parametrize("name", ["num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"])

@@ -74,17 +74,21 @@ class Watchdog:
 
 
 def behind(places: dict[int, dict[str, Any]], *, me: int, stood: float, now: float) -> ResourceError:
-    """Which ranks hold up the others: those that have come least far, or none that is further back than the rest."""
+    """Which ranks hold up the others: those that are silent, else those that have come least far.
+
+    What a silent one said last is up to an eighth of the timeout old; where the one that looks waits is not.
+    """
+    silent = [rank for rank, place in places.items() if now - place["since"] > stood / 2]
     least = min(place["count"] for place in places.values())
-    late = [rank for rank, place in places.items() if place["count"] == least]
-    silent = [rank for rank in late if now - places[rank]["since"] > stood / 2]
-    place = places[late[0]]
+    late = silent or [rank for rank, place in places.items() if place["count"] == least]
+    place, mine = places[late[0]], places[me]
     names = ", ".join(map(str, late[:8])) + (" …" if len(late) > 8 else "")
-    what = "has said nothing since" if silent == late else "has not moved from"
     return ResourceError(
-        f"rank {names} {what} phase '{place['phase']}' for {stood:.0f} s",
+        f"rank {names} has {'said nothing since' if silent else 'not moved from'} phase '{place['phase']}' "
+        f"for {stood:.0f} s",
         where=f"step {place['step']}",
-        hint=f"seen by rank {me}, which waits in '{places[me]['phase']}'; raise pretrain.timeout if it is only slow",
+        hint=f"seen by rank {me}, which waits in '{mine['phase']}' of step {mine['step']}; "
+        "raise pretrain.timeout if it is only slow",
     )
 
 
