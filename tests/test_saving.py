@@ -71,6 +71,12 @@ def alone():
     return Engine(Layout(), rank=0, device=torch.device("cpu"))
 
 
+def test_processes_that_are_lost_while_saving_are_told_with_the_step_that_is_saved(tmp_path):
+    engine = alone()
+    checkpoints.save(tmp_path, step=3, engine=engine, tensors=state_of(*small()), state={})
+    assert str(engine.lost(RuntimeError("gone"))).startswith("step 3, saved: rank 0 lost the others (gone)")
+
+
 def test_what_is_saved_is_what_was_there_when_asked(tmp_path, held):
     model, optimizer = small()
     saver = Saver(tmp_path / "checkpoints", keep=2, engine=alone())

@@ -46,7 +46,7 @@ def save(folder: Path, *, step: int, engine: Engine, tensors: dict[str, torch.Te
         ResourceError: the disk is full or not writable; checkpoints that were there before still are.
     """
     target = folder / f"step-{step:08d}"
-    engine.at("saving")
+    engine.at("saving", step)
     if engine.from_first(Manifest.read(target) is not None):
         return target
     with _written(target, _bytes(tensors)):
