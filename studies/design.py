@@ -1,0 +1,166 @@
+"""What the study is made of: one base recipe, settings that change some of its keys, questions that compare settings.
+
+A run is a setting under one seed. Its key is a hash of everything that decides its result, so that a setting which
+several questions have is run once, and a finished run is known again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["BASE", "SIZES", "Job", "Question", "Setting", "Size", "jobs_of"]
+
+SEQ_LEN = 256
+PARENT_TOKENS = 61_440_000  # see studies/parent.py
+
+BASE: Mapping[str, Any] = MappingProxyType(
+    {
+        "text": "all",  # or fluent, no_advertisements: see text.py
+        "weights": "proportional",
+        "tokens": 1.0,  # times those of the size; "headline" for a share of the parent's
+        "evals": 8,  # evenly spread, and one before the first step
+        "plan.method": "random",  # no plan.method: the parent itself
+        "plan.num_experts": 8,
+        "plan.top_k": 4,
+        "plan.scale": "paper",
+        "plan.router": "random",
+        "target": "mixtral",
+        "config": None,  # keys of config.json that are changed after conversion
+        "recover": None,  # arguments of RecoverConfig
+        "pretrain.init": "source",
+        "pretrain.router": "switch",
+        "pretrain.lr": 1e-3,
+        "pretrain.min_lr_ratio": 0.1,
+    }
+)
+"""LLaMA-MoE's construction (a random split, drawn router rows, scale E/K) with half of each FFN active, balanced by the
+Switch loss. A key of the form section.name is an argument of `make_plan` or `PretrainConfig`; None takes it away."""
+
+DENSE: Mapping[str, Any] = MappingProxyType({key: None for key in BASE if key.startswith("plan.")})
+"""Changes that leave the parent as it is."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a table: its name and what it changes in `BASE`."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves against tokens: `metric` is heldout, heldout:DOMAIN, weight:DOMAIN, closed (share of the gap to the
+    parent), entropy, idle or busiest. Without `settings` all of the question.
+    """
+
+    title: str
+    metric: str = "heldout"
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """Settings that answer it; the first is the one the others are compared with. `paper` names what it answers to."""
+
+    name: str
+    title: str
+    paper: str
+    about: str
+    settings: tuple[Setting, ...]
+    panels: tuple[Panel, ...] = (Panel(""),)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. `tokens` is the budget of a run, `headline` that of the long one as a share of what the
+    parent was trained on, `tokens_per_second` what one worker was measured to train of a mixture (for forecasts).
+    """
+
+    name: str
+    tokens: int
+    headline: float
+    seeds: tuple[int, ...]
+    batch_size: int
+    heldout_documents: int  # of each domain, their first characters
+    eval_tokens: int  # of each domain while a run trains
+    calibration_tokens: int
+    workers: int
+    tokens_per_second: float
+    precision: str = "bf16"
+    max_epochs: float = 8.0
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("small", 245_760, 0.05, (0, 1, 2), 8, 24, 2048, 32_768, 2, 3_000),
+        Size("large", 4_194_304, 0.5, (0, 1, 2, 3, 4), 32, 40, 16_384, 131_072, 1, 100_000),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: `spec` is JSON-able and decides the result, `cost` is about how many dense training tokens it takes."""
+
+    key: str
+    seed: int
+    spec: Mapping[str, Any]
+    cost: float
+    names: tuple[str, ...]
+
+
+def jobs_of(questions: Iterable[Question], size: Size, *, source: str) -> list[Job]:
+    """Every run once, those of one seed together, the longest first. `source` says which parent and text."""
+    found: dict[str, Job] = {}
+    for question in questions:
+        for setting in question.settings:
+            for seed in size.seeds:
+                job = _job(setting, size, seed, source, f"{question.name}: {setting.name}")
+                names = found[job.key].names if job.key in found else ()
+                found[job.key] = Job(job.key, seed, job.spec, job.cost, (*names, *job.names))
+    return sorted(found.values(), key=lambda job: (job.seed, -job.cost))
+
+
+def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job:
+    keys = {key: value for key, value in {**BASE, **setting.changes}.items() if value is not None}
+    a_step = size.batch_size * SEQ_LEN
+    factor = keys.pop("tokens")
+    tokens = size.headline * PARENT_TOKENS if factor == "headline" else factor * size.tokens
+    steps = max(2, round(tokens / a_step))
+    every = max(1, steps // keys.pop("evals"))
+    spec: dict[str, Any] = {"plan": {}, "pretrain": {}, "seed": seed, "source": source}
+    for key, value in keys.items():
+        section, _, field = key.rpartition(".")
+        (spec[section] if section else spec)[field] = value
+    spec["pretrain"] = {
+        "steps": steps,
+        "seq_len": SEQ_LEN,
+        "batch_size": size.batch_size,
+        "warmup_steps": max(1, steps // 20),
+        "eval_every": every,
+        "eval_tokens": size.eval_tokens,
+        "precision": size.precision,
+        "max_epochs": size.max_epochs,
+        **spec["pretrain"],
+    }
+    if spec["pretrain"].get("mixing"):
+        spec["pretrain"]["mixing_every_tokens"] = every * a_step
+    spec |= {"heldout_documents": size.heldout_documents, "calibration_tokens": size.calibration_tokens}
+    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+    return Job(key, seed, spec, steps * a_step * _relative_cost(spec), (name,))
+
+
+def _relative_cost(spec: Mapping[str, Any]) -> float:
+    """Of one token, against one of a mixture that is cut from the parent (measured, see docs/study.md)."""
+    plan, pretrain = spec["plan"], spec["pretrain"]
+    taught = 0.4 if pretrain.get("teacher") else 0.0
+    if not plan or spec["target"] == "dense":
+        return 0.6 + taught
+    return {"upcycle": 1.8}.get(plan["method"], 1.0) + taught

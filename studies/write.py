@@ -1,0 +1,205 @@
+"""`python -m studies.write`: docs/study.md and its figures from the results. What people wrote into it stays.
+
+Between `<!-- conclusions NAME -->` and `<!-- end -->` is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prismoe.errors import PrismoeError
+from prismoe.folder import make_folder, write_atomic
+from prismoe.report.drawing import draw
+from prismoe.report.page import Figure
+from prismoe.report.page import Panel as Axis
+from prismoe.report.style import legend_above, look, reference_line
+from studies.arms import questions
+from studies.design import PARENT_TOKENS, Panel, Question
+from studies.findings import SHARES, Findings, Line, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["write"]
+
+LABELS = {
+    "heldout": "held-out loss (nats per token)",
+    "closed": "share of the gap closed",
+    "entropy": "entropy / ln E",
+    "busiest": "largest load / mean",
+    "idle": "experts without a token",
+    "weight": "weight of the domain",
+}
+EMPTY = "(not written yet)"
+
+
+def write(results: Path, docs: Path) -> Path:
+    """Write DOCS/study.md and DOCS/study/*.png; conclusions that stand in the page are kept."""
+    found, page = Findings(results), docs / "study.md"
+    kept = _conclusions(page.read_text()) if page.exists() else {}
+    parts = [_head(found), _conclusion("summary", kept)]
+    figures = []
+    for question in questions():
+        if not (lines := found.lines(question.name)):
+            continue
+        figure = Figure(question.name, question.title, [_axis(found, lines, panel) for panel in question.panels])
+        figures.append(figure)
+        parts += _section(found, question, lines, kept)
+    make_folder(docs / "study")
+    for figure, drawn in zip(figures, draw(figures), strict=True):
+        write_atomic(docs / "study" / f"{figure.name}.png", drawn.png)
+    write_atomic(page, ("\n\n".join(parts) + "\n").encode())
+    return page
+
+
+def _head(found: Findings) -> str:
+    runs = list(found.runs.values())
+    seconds, cpu = (sum(run[key] for run in runs) for key in ("seconds", "cpu_seconds"))
+    diverged = [run for run in runs if run["diverged"]]
+    machines = " · ".join(dict.fromkeys(run["machine"] for run in runs))
+    versions = " · ".join(
+        dict.fromkeys(", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs)
+    )
+    return f"""# The study
+
+Written by `python -m studies.write` from [studies/results](../studies/results), which `make study` makes; only the
+conclusions are written by people.
+
+- {len(runs)} runs ({len(diverged)} diverged) of size {found.parent["size"]}, {seconds / 3600:.1f} hours of runs,
+  {cpu:.0f} CPU-seconds, {sum(run["tokens"] for run in runs) / 1e6:.0f} M tokens; {machines}; {versions}.
+- The parent: [studies/parent](../studies/parent), {PARENT_TOKENS / 1e6:.0f} M tokens, mean held-out loss
+  {found.parent_loss:.3f} nats a token. Arms of a seed read the same batches, unless text or weights differ.
+- Loss: mean over the seven domains of the nats a token of whole documents cut to one window
+  ({sum(map(len, found.parent["document_tokens"].values()))} documents), in float32 at the end of training; ± is the
+  standard deviation over seeds. `change` is against the first row under the same seed; p is of a paired test (random
+  signs) over documents, averaged over seeds, after Holm's correction over the table: it speaks of other text. The last
+  column says in how many seeds the change has the sign of the mean: a row is better or worse where both agree.
+- `gap closed` is the share of the way from the first row's loss before training to the parent's loss.
+- Figures leave out the loss before training; the dashed line is the parent; bands are all seeds."""
+
+
+def _section(found: Findings, question: Question, lines: Sequence[Line], kept: Mapping[str, str]) -> list[str]:
+    tests, start = found.tests(lines), statistics.fmean(lines[0].start)
+    routed = any("entropy" in run for line in lines for run in line.runs)
+    head = ["setting", "runs", "before", "loss", "change", "p", "seeds", "gap closed"]
+    head += ["entropy", "idle", "busiest"] * routed + ["M tokens", "tokens/s", "s a run"]
+    rows = [_row(found, line, tests.get(line.name), start, routed=routed) for line in lines]
+    parts = [f"## {question.title}", f"Answers to {question.paper}. {question.about}"]
+    parts += [f"![{question.title}](study/{question.name}.png)", _table(head, rows)]
+    if any(panel.metric == "closed" for panel in question.panels):
+        parts.append(_closing(found, lines, start))
+    command = f"python -m studies.runner --only {question.name}"
+    seconds = sum(run["seconds"] for line in lines for run in line.runs)
+    parts.append(f"`{command}`; {seconds / 60:.0f} minutes of runs, those shared with other questions included.")
+    return [*parts, _conclusion(question.name, kept)]
+
+
+def _row(
+    found: Findings, line: Line, test: tuple[list[float], float] | None, start: float, *, routed: bool
+) -> list[str]:
+    diverged = len(line.runs) - len(line.ended)
+    runs = f"{len(line.runs)}" + f", {diverged} diverged" * bool(diverged)
+    row = [line.name, runs, spread(line.start, 2), spread(line.end)]
+    if test is None:
+        row += ["", "", ""]
+    else:
+        gaps, p = test
+        mean = statistics.fmean(gaps)
+        agree = sum(gap * mean > 0 for gap in gaps)
+        verdict = " **better**" if p < 0.05 and agree == len(gaps) and mean < 0 else ""
+        verdict = " **worse**" if p < 0.05 and agree == len(gaps) and mean > 0 else verdict
+        row += [spread(gaps, sign=True), f"{p:.2g}", f"{agree}/{len(gaps)}{verdict}"]
+    ends = [values[-1] for values in line.curve("heldout")[1]]
+    closed = [100 * (start - end) / (start - found.parent_heldout) for end in ends]
+    row.append(f"{spread(closed, 1)} %" if closed else "")
+    for metric in ("entropy", "idle", "busiest") if routed else ():
+        values = [float(rows[-1]) for rows in line.curve(metric)[1]]
+        row.append(spread(values, 1 if metric == "idle" else 2))
+    ended = line.ended or line.runs
+    tokens, rates, seconds = ([run.get(key, 0) for run in ended] for key in ("tokens", "tokens_per_second", "seconds"))
+    return [*row, f"{statistics.fmean(tokens) / 1e6:.2f}", f"{statistics.fmean(rates):,.0f}", f"{max(seconds):.0f}"]
+
+
+def _closing(found: Findings, lines: Sequence[Line], start: float) -> str:
+    """Tokens to close shares of the gap from the first setting's start to the parent."""
+    head = ["tokens to close", *(f"{100 * share:.0f} % of the gap" for share in SHARES)]
+    rows = []
+    for line in lines:
+        row = [line.name]
+        for share in SHARES:
+            tokens = found.tokens_to(line, share, start=start)
+            reached = [value / 1000 for value in tokens if value is not None]
+            few = f" ({len(reached)} of {len(tokens)} seeds)" if len(reached) < len(tokens) else ""
+            row.append(f"{spread(reached, 0)} k{few}" if reached else "never")
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _axis(found: Findings, lines: Sequence[Line], panel: Panel) -> Axis:
+    chosen = [line for line in lines if not panel.settings or line.name in panel.settings]
+    start = statistics.fmean(lines[0].start)
+    curves = []
+    for line in chosen:
+        tokens, rows = line.curve("heldout" if panel.metric == "closed" else panel.metric)
+        if len(rows):
+            rows = (start - rows) / (start - found.parent_heldout) if panel.metric == "closed" else rows
+            curves.append((line.name, np.array(tokens) / 1000, rows))
+    domain = panel.metric.partition(":")[2]
+    parent = found.parent["heldout"][domain] if domain and panel.metric.startswith("heldout") else found.parent_heldout
+    level = {"heldout": parent, "closed": 1.0}.get(panel.metric.partition(":")[0])
+    shows = ", ".join(f"{name} {rows[:, -1].mean():.3f}" for name, _, rows in curves)
+    height = 3.4 + 0.2 * (len(curves) // 2)
+    paint = partial(_draw, curves=curves, label=LABELS[panel.metric.partition(":")[0]], level=level)
+    return Axis(paint, f"{panel.title}: at the end {shows}", panel.title, height=height)
+
+
+def _draw(axes: Axes, *, curves: Sequence[tuple[str, Any, Any]], label: str, level: float | None) -> None:
+    for index, (name, tokens, rows) in enumerate(curves):
+        first = 1 if level is not None and len(tokens) > 2 else 0
+        style = look(index)
+        axes.plot(tokens[first:], rows[:, first:].mean(axis=0), label=name, markersize=3.5, linewidth=1.3, **style)
+        low, high = rows[:, first:].min(axis=0), rows[:, first:].max(axis=0)
+        axes.fill_between(tokens[first:], low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if level is not None:
+        reference_line(axes, level)
+    axes.set(xlabel="thousand tokens", ylabel=label)
+    if curves:
+        legend_above(axes)
+
+
+def _conclusions(text: str) -> dict[str, str]:
+    return dict(re.findall(r"<!-- conclusions (\w+) -->\n(.*?)\n<!-- end -->", text, flags=re.DOTALL))
+
+
+def _conclusion(name: str, kept: Mapping[str, str]) -> str:
+    return f"<!-- conclusions {name} -->\n{kept.get(name, EMPTY)}\n<!-- end -->"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("studies/results"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    args = parser.parse_args()
+    try:
+        print(write(args.results, args.docs))
+    except PrismoeError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
