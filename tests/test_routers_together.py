@@ -86,7 +86,7 @@ def test_policies_work_in_their_order():
     assert all(float(loss) > 0 for loss in alone)
 
 
-@pytest.mark.parametrize("name", ["noisy_topk", "capacity", "bias_balanced"])
+@pytest.mark.parametrize("name", ["noisy_topk", "capacity", "bias_balanced", "sparsemixer2"])
 def test_activation_checkpointing_draws_the_same_again(name):
     """A layer that is computed a second time in the backward pass gets the same noise and drops: equal gradients."""
     gradients, losses = [], []
@@ -110,10 +110,10 @@ def test_activation_checkpointing_draws_the_same_again(name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_one_expert_with_renormalised_weights_is_refused_under_every_policy(name):
+def test_one_expert_with_renormalised_weights_is_refused_under_every_policy_but_two(name):
     arguments = arguments_of(name, {})
     with watch(stock(top_k=1)) as routers:
-        if name == "frozen":
+        if name in ("frozen", "sparsemixer2"):  # the latter's gradient is not that of the weights
             attach_policy(name, routers, arguments=arguments)
         else:
             with pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate: top_k = 1 with renormalised weights"):
@@ -126,7 +126,8 @@ def test_one_expert_with_renormalised_weights_is_refused_under_every_policy(name
 def test_a_router_without_a_gradient_is_refused_unless_it_is_meant_to_stay(name):
     model = stock()
     with watch(model) as routers:
-        policy = attach_policy(name, routers, arguments=arguments_of(name, {}))
+        wide = {"jitter": 1.0} if name == "sparsemixer2" else {}  # no two logits of so few tokens are nearly equal
+        policy = attach_policy(name, routers, arguments=arguments_of(name, wide))
         guard = GradientGuard(routers)
         run(model, policy)
         policy.before_step(model.parameters())

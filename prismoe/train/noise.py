@@ -11,7 +11,7 @@ import math
 
 import torch
 
-__all__ = ["normal", "uniform_bits"]
+__all__ = ["normal", "uniform", "uniform_bits"]
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
@@ -25,6 +25,12 @@ def uniform_bits(seed: int, step: int, layer: int, token_numbers_T: torch.Tensor
     token_T = _finish(token_numbers_T * _signed(_GOLDEN) + _signed(stream))
     experts_E = torch.arange(1, num_experts + 1, device=token_numbers_T.device) * _signed(_GOLDEN)
     return _finish(token_T[:, None] + experts_E)
+
+
+def uniform(seed: int, step: int, layer: int, token_numbers_T: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Numbers from the open interval (0, 1), float64 [T, E]."""
+    bits_TE = uniform_bits(seed, step, layer, token_numbers_T, num_experts)
+    return (_shifted(bits_TE, 12).double() + 0.5) * 2.0**-52
 
 
 def normal(seed: int, step: int, layer: int, token_numbers_T: torch.Tensor, num_experts: int) -> torch.Tensor:

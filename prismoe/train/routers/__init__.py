@@ -70,8 +70,9 @@ class Router:
     """One stock router while it is watched: what it said in the latest forward pass.
 
     `logits_TE` are the stock router's raw logits with their graph; `chosen_TK` and `weights_TK` are what the experts
-    got. `changes` are called in order, in training mode only. `learns` is false for a router that is meant to stay.
-    `factor` multiplies the weights on their way to the experts, in either mode (see `train.unfold`).
+    got. `changes` are called in order, in training mode only. `learns` is false for a router that is meant to stay,
+    `estimated` true where its gradient does not come from what the weights depend on. `factor` multiplies the weights
+    on their way to the experts, in either mode (see `train.unfold`).
     """
 
     name: str
@@ -80,6 +81,7 @@ class Router:
     top_k: int
     changes: list[Change] = field(default_factory=list)
     learns: bool = True
+    estimated: bool = False
     factor: float = 1.0
     _logits: torch.Tensor | None = None
     _latest: Routed | None = None
@@ -274,7 +276,7 @@ def _require_gradient(router: Router) -> None:
     """One kept weight over the sum of kept weights is 1, whatever the logits: text says nothing to such a router."""
     from prismoe.train.weighting import weighting
 
-    if router.learns and router.top_k == 1 and weighting(router).renormalised:
+    if router.learns and not router.estimated and router.top_k == 1 and weighting(router).renormalised:
         raise UsageError(
             "top_k = 1 with renormalised weights: the loss does not depend on its logits",
             where=router.name,
