@@ -6,13 +6,12 @@ A folder of ours carries `prismoe.json` (kind and key of what is being made) fro
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -32,15 +31,16 @@ __all__ = [
     "make_folder",
     "remove_folder",
     "sha256_file",
+    "read_mark",
     "unchecked",
     "versions",
     "write_atomic",
     "write_json_atomic",
 ]
 
+    "write_mark",
 MANIFEST = "manifest.json"
 MARKER = "prismoe.json"
-LOCK = ".prismoe.lock"
 _HASH_CHUNK = 1 << 20
 
 
@@ -163,6 +163,8 @@ class Manifest:
         body = read_json(path)
         stated = body.pop("sha256", None)  # one that was written by hand has none
         try:
+        if _checking:
+            read_mark(folder)
             found = cls(**body)
         except TypeError as error:
             raise InputError(f"not a readable manifest ({error})"[:200], where=str(path)) from error
@@ -186,7 +188,15 @@ class Manifest:
             return None
         data = path.read_bytes()
         known = sum(f'"{name}"'.encode() in data for name in cls.__dataclass_fields__)
-        return cls.read(folder) if known > 2 else None  # one wrong bit spoils one name
+        if known > 2:  # one wrong bit spoils one name
+            return cls.read(folder)
+        try:
+            json.loads(data)
+        except (ValueError, RecursionError) as error:  # as the beginning of one is not
+            if _checking:
+                hint = "the folder was damaged; make it again, or --no-verify"
+                raise InputError("neither a manifest nor JSON", where=str(path), hint=hint) from error
+        return None
 
     def check(self, folder: Path) -> None:
         """Compare size and sha256 of every file.
@@ -283,33 +293,32 @@ def check_once(folder: Path, names: Iterable[str] | None = None, *, manifest: Ma
             _intact.add(state)
 
 
-def _marker(out: Path) -> Mapping[str, Any] | None:
-    try:
-        marker = json.loads((out / MARKER).read_bytes())
-    except (FileNotFoundError, ValueError):
+def read_mark(folder: Path) -> tuple[str, str] | None:
+    """The kind and key that `folder` was claimed with, None where nobody did.
+
+    Raises:
+        InputError: the mark is there, and is not what was written.
+    """
+    path = Path(folder) / MARKER
+    if not path.is_file():
         return None
-    return marker if isinstance(marker, dict) and {"kind", "key"} <= marker.keys() else None
+    body = read_json(path)
+    kind, key = body.get("kind", 0), body.get("key", 0)
+    bare = {"kind": kind, "key": key}  # as it was written before it had a seal
+    whole = isinstance(kind, str) and isinstance(key, str)
+    if not whole or path.read_bytes() not in (_json_bytes(bare), _json_bytes(_mark(kind, key))):
+        raise InputError("was changed after it was written", where=str(path), hint="make the folder again")
+    return kind, key
 
 
-def _lock(out: Path) -> int:
-    """Hold the folder's lock file; the kernel drops it when the process ends, however it ends."""
-    path = out / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise ResourceError(
-                f"output folder is in use by process {pid}", where=str(out), hint="wait for it, or choose another --out"
-            ) from None
-        # The holder unlinks the file before it lets go, so a lock on a file without a name protects nothing.
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-            return handle
-        os.close(handle)
+def write_mark(folder: Path, kind: str, key: str) -> None:
+    """Say durably what is being made in `folder`."""
+    write_json_atomic(folder / MARKER, _mark(kind, key))
+
+
+def _mark(kind: str, key: str) -> dict[str, str]:
+    body = {"kind": kind, "key": key}
+    return {**body, "sha256": hashlib.sha256(_json_bytes(body)).hexdigest()}
 
 
 @contextmanager
@@ -332,29 +341,26 @@ def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Pa
     try:
         _take_over(out, kind=kind, key=key, force=force)
         yield out
-    finally:
-        (out / LOCK).unlink(missing_ok=True)
-        os.close(handle)
 
 
 def _take_over(out: Path, *, kind: str, key: str, force: bool) -> None:
     for leftover in out.glob(".*.partial"):
         leftover.unlink()
-    marker = _marker(out)
+    mark = read_mark(out)
     entries = [path for path in out.iterdir() if path.name != LOCK]
-    if marker is None and entries:
+    if mark is None and entries:
         raise ResourceError(
             f"output folder holds something else ({min(path.name for path in entries)})",
             where=str(out),
             hint="choose an empty or new folder with --out",
         )
-    if marker is not None and force:
+    if mark is not None and force:
         # The marker goes last, so that an interrupted clean-up still leaves a folder that is known to be ours.
         for path in sorted(entries, key=lambda path: path.name == MARKER):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    elif marker is not None and (marker["kind"], marker["key"]) != (kind, key):
-        what = "a different job" if marker["kind"] == kind else f"the output of '{marker['kind']}'"
+    elif mark is not None and mark != (kind, key):
+        what = "a different job" if mark[0] == kind else f"the output of '{mark[0]}'"
         raise ResourceError(
             f"output folder holds {what}", where=str(out), hint="--force replaces it, or choose another --out"
         )
-    write_json_atomic(out / MARKER, {"kind": kind, "key": key})
+    write_mark(out, kind, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
-    """A JSON object; duplicate keys, NaN and anything that is not an object are refused.
+    """A JSON object; duplicate keys, numbers that are not finite, half of a surrogate pair and anything that is not an
+    object are refused: what is returned can be written again.
 
     Raises:
         InputError: with what is wrong.
@@ -51,8 +53,15 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     def no_constant(name: str) -> Any:
         raise InputError(f"{name} is not JSON", where=where)
 
+    def finite(text: str) -> float:
+        if math.isinf(number := float(text)):
+            raise InputError(f"number {text}"[:60], where=where, needed="one that is finite")
+        return number
+
     try:
-        found = json.loads(data, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        found = json.loads(data, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(found, ensure_ascii=False).encode()
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

@@ -69,6 +69,15 @@ def test_licence_and_language_are_the_parents(tmp_path: Path) -> None:
     )
 
 
+def test_a_parents_card_of_a_stranger_says_nothing_or_texts(tmp_path: Path) -> None:
+    out, parent = copy_of(tmp_path), tmp_path / "parent"
+    parent.mkdir()
+    for lines in ("d: 2001-99-99", f"a: {'[' * 3000}", "b: &a [x, x]\nlicense: [[*a, *a]]"):
+        (parent / NAME).write_text(f"---\n{lines}\n---\n# A parent\n")
+        text = cards(findings(out, plan={"source_name": str(parent)}))["moe"]
+        assert "license" not in yaml.safe_load(text.split("---\n")[1])
+
+
 def test_limits_say_what_was_and_was_not_measured(tmp_path: Path) -> None:
     out = copy_of(tmp_path)
     plain = cards(findings(out, eval={"tasks": [], "findings": []}))["model"]

@@ -17,10 +17,12 @@ from prismoe.folder import (
     check_once,
     claim,
     hash_files,
+    read_mark,
     sha256_file,
     unchecked,
     write_atomic,
     write_json_atomic,
+    write_mark,
 )
 
 
@@ -46,7 +48,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(ResourceError) as caught:
         write_atomic(path, b"new")
-    assert str(caught.value) == f"{path}: cannot write: No space left on device"
+    said = str(caught.value)
+    assert said.startswith(f"{path}: cannot write: No space left on device, ")
+    assert "of disk free; needed 3 bytes (hint:" in said
     assert caught.value.exit_code == 4
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
@@ -138,11 +142,38 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"manifest\.json"):
             Manifest.ours(tmp_path)
-    path.write_bytes(whole[:-1])
-    with pytest.raises(InputError, match="was changed after it was written"):
-        Manifest.read(tmp_path)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"manifest\.json"):
+            Manifest.ours(tmp_path)
+    path.write_bytes(whole[:100])
+    with unchecked():
+        assert Manifest.ours(tmp_path) is None
     path.write_text('{"manifest_version": 3, "name": "of something else"}')
     assert Manifest.ours(tmp_path) is None
+
+
+def test_every_bit_of_the_mark_counts(tmp_path: Path) -> None:
+    manifest(tmp_path).write(tmp_path)
+    write_mark(tmp_path, "convert", "1")
+    path = tmp_path / "prismoe.json"
+    whole = path.read_bytes()
+    assert (read_mark(tmp_path), Manifest.read(tmp_path) is None) == (("convert", "1"), False)
+    broken = [whole[:length] for length in range(len(whole))]
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        broken.append(bytes(damaged))
+    for data in broken:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"prismoe\.json"):
+            Manifest.read(tmp_path)
+    with unchecked():
+        assert Manifest.read(tmp_path) is not None
+    path.write_text('{\n  "key": "1",\n  "kind": "convert"\n}\n')  # as earlier versions wrote it
+    assert read_mark(tmp_path) == ("convert", "1")
+    path.unlink()
+    assert read_mark(tmp_path) is None
 
 
 def test_files_are_hashed_before_they_are_read_once_each(tmp_path: Path) -> None:

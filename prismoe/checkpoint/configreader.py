@@ -41,10 +41,11 @@ class ConfigReader:
             raise InputError(f"{value!r}"[:80], where=self.at(key), needed=needed)
         return value
 
-    def count(self, key: str, default: Any = ABSENT) -> int:
+    def count(self, key: str, default: Any = ABSENT, *, most: int = 2**31 - 1) -> int:
         value: int = self._value(key, default, (int,), "a positive whole number")
-        if not 0 < value < 2**31:
-            raise InputError(f"{value}", where=self.at(key), needed="a positive whole number")
+        if not 0 < value <= most:
+            limit = f", at most {most}" if value > 0 else ""
+            raise InputError(f"{value}"[:80], where=self.at(key), needed=f"a positive whole number{limit}")
         return value
 
     def real(self, key: str, default: Any) -> Any:

@@ -31,6 +31,7 @@ Rope = dict[str, Any]
 
 
 PROJECTIONS = ("q", "k", "v", "o")
+MAX_LAYERS = 10_000  # a dozen names are written for each, before the files are compared with them
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -122,7 +123,7 @@ def dense_config(config: Mapping[str, Any], *, where: str = "config.json") -> De
         raise InputError(
             f"{heads} does not divide hidden_size {hidden}", where=read.at("num_attention_heads"), needed="a divisor"
         )
-    layers = read.count("num_hidden_layers")
+    layers = read.count("num_hidden_layers", most=MAX_LAYERS)
     theta, scaling = _rope(read, family)
     bias = read.flag("attention_bias", False)
     window, sliding = _sliding(read, family, layers)

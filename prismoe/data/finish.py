@@ -22,8 +22,9 @@ from prismoe.folder import (
     Manifest,
     hash_files,
     make_folder,
+    read_mark,
     sha256_file,
-    write_json_atomic,
+    write_mark,
 )
 
 __all__ = ["check_same_texts", "collect", "finish", "finished", "join"]
@@ -39,7 +40,7 @@ def join(route: Route, kind: str) -> None:
     """
     try:
         make_folder(route.folder)
-        found = json.loads((route.folder / MARKER).read_bytes()) if (route.folder / MARKER).is_file() else None
+        found = read_mark(route.folder)
         entries = [path.name for path in route.folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(route.folder)) from error
@@ -50,8 +51,8 @@ def join(route: Route, kind: str) -> None:
             hint="choose an empty or new folder with --out",
         )
     if found is None:
-        write_json_atomic(route.folder / MARKER, {"kind": kind, "key": route.key})
-    elif (found["kind"], found["key"]) != (kind, route.key):
+        write_mark(route.folder, kind, route.key)
+    elif found != (kind, route.key):
         raise ResourceError("output folder holds a different job", where=str(route.folder), hint="choose another --out")
 
 

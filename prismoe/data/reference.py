@@ -6,7 +6,6 @@ A file holds what `reference_loss` measured; a mapping in a config holds numbers
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError
 from prismoe.folder import Manifest, versions, write_json_atomic
+from prismoe.strictjson import read_json
 
 __all__ = ["DomainReference", "Reference", "heldout_sha256", "resolve_reference"]
 
@@ -60,14 +60,12 @@ class Reference:
             InputError: no such file, or not one of these.
         """
         path = Path(path)
+        found = read_json(path)
         try:
-            found = json.loads(path.read_bytes())
             if found["kind"] != KIND:
                 raise ValueError(f"a file of kind {found['kind']!r}")
             losses = {name: DomainReference(**entry) for name, entry in found.pop("losses").items()}
             return cls(losses=losses, **found)
-        except OSError as error:
-            raise InputError(f"cannot be read: {error.strerror}", where=str(path), hint=_HINT) from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"not a file of reference losses ({error!r})", where=str(path), hint=_HINT) from error
 

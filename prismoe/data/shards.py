@@ -142,7 +142,7 @@ class Domain:
         dtype = token_dtype(self.vocab_size)
         shards = [shard for shard in self.shards[split] if shard.counts.num_tokens]  # nothing cannot be mapped
         files = [self.folder / f"{shard.name}.tokens" for shard in shards]
-        check_once(self.folder, [path.name for path in files])
+        self._check(f"{split}-")
         if len(files) == 1:
             return np.memmap(files[0], dtype, mode="r")
         flat: Any = FlatFiles(files, [shard.counts.num_tokens for shard in shards], dtype)
@@ -156,8 +156,14 @@ class Domain:
         """
         if not self.splits[split].num_documents:
             return np.empty((0, 2), np.int64)
-        check_once(self.folder, [f"{split}.ends"])
+        self._check(f"{split}.ends")
         return np.memmap(self.folder / f"{split}.ends", np.dtype("<i8"), mode="r").reshape(-1, 2)
+
+    def _check(self, prefix: str) -> None:
+        """Hash the files whose names begin so: with a shard its ends and what was counted, which adding to it reads."""
+        manifest = Manifest.read(self.folder)
+        if manifest is not None:
+            check_once(self.folder, [name for name in manifest.files if name.startswith(prefix)], manifest=manifest)
 
 
 def _count(value: Any, most: int = 1 << 62) -> int:

@@ -24,6 +24,7 @@ __all__ = ["NAME", "write_cards"]
 
 NAME = "README.md"
 MODELS = {"moe": "step 0", "recovered": "recovered", "train/model": "trained"}  # folder of a run: what `eval` calls it
+MAX_BYTES = 1 << 20  # of a stranger's card
 MARK = re.compile(r"\n<!-- prismoe ([0-9a-f]{16}) -->\n$")
 
 
@@ -106,27 +107,31 @@ class _Parent:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return path.read_bytes()[:MAX_BYTES].decode(errors="replace") if path.is_file() else ""
 
 
 def _json(text: str) -> Mapping[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _front_matter(card: str) -> Mapping[str, Any]:
-    """The YAML between the two lines of dashes that a card of the hub begins with; empty where there is none."""
+    """The YAML between the two lines of dashes that a card of the hub begins with: texts and lists of them alone."""
     import yaml
 
     found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     try:
         read = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, and a nest, are no YAMLError
         return {}
-    return read if isinstance(read, dict) else {}
+    return {key: value for key, value in read.items() if _texts(value)} if isinstance(read, dict) else {}
+
+
+def _texts(value: object) -> bool:
+    return all(isinstance(part, str) for part in (value if isinstance(value, list) else [value]))
 
 
 def _front(found: Findings, parent: _Parent, title: str, model: str) -> str:

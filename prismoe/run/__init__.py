@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismoe.errors import InputError, ResourceError, UsageError
-from prismoe.folder import MARKER, claim, make_folder, write_atomic, write_json_atomic
+from prismoe.errors import InputError, UsageError
+from prismoe.folder import MARKER, claim, make_folder, write_atomic, write_json_atomic, write_mark
 from prismoe.progress import Progress, quiet
 from prismoe.run.stages import STAGES, Work
 from prismoe.state import CONFIG, STATE, read_state
@@ -164,7 +164,7 @@ def run_folder(out: Path) -> None:
         raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error
     ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}
     if not (out / MARKER).exists() and not any((out / name).exists() for name in ours):
-        write_json_atomic(out / MARKER, {"kind": "run", "key": "run"})
+        write_mark(out, "run", "run")
 
 
 def _builds_on(name: str, config: Config) -> tuple[str, ...]:

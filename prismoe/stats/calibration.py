@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Calibration:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             where = str(folder / "manifest.json")
             raise InputError(f"not a readable manifest ({error!r})"[:200], where=where) from error
-        for name in (SEQUENCES, *map(layer_file, range(calibration.num_layers))):
+        for name in chain((SEQUENCES,), map(layer_file, range(calibration.num_layers))):
             path, entry = folder / name, manifest.files.get(name)
             size = path.stat().st_size if path.is_file() else None
             if entry is None or size != entry["bytes"]:

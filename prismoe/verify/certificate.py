@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from prismoe.errors import InputError, NumericalError
 from prismoe.folder import write_json_atomic
 from prismoe.plan.strength import far_off
+from prismoe.strictjson import read_json
 
 __all__ = ["CERTIFICATE", "Certificate", "Check", "LayerNumbers"]
 
@@ -116,8 +116,10 @@ class Certificate:
             InputError: certificate.json is there but is not one of ours.
         """
         path = Path(folder) / CERTIFICATE
+        if not path.exists():
+            return None
+        raw = read_json(path)
         try:
-            raw = json.loads(path.read_bytes())
             raw.pop("passed")
             raw.pop("warnings", None)
             checks = [{key: value for key, value in row.items() if key != "passed"} for row in raw.pop("checks")]
@@ -127,8 +129,6 @@ class Certificate:
                 checks=tuple(Check(**_with_nan(row)) for row in checks),
                 layers=tuple(LayerNumbers(**_with_nan(row)) for row in layers),
             )
-        except FileNotFoundError:
-            return None
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise InputError(
                 f"not a readable certificate ({error})", where=str(path), hint="remove it and verify again"
