@@ -29,16 +29,16 @@ __all__ = [
     "fsync_folder",
     "hash_files",
     "make_folder",
+    "read_mark",
     "remove_folder",
     "sha256_file",
-    "read_mark",
     "unchecked",
     "versions",
     "write_atomic",
     "write_json_atomic",
+    "write_mark",
 ]
 
-    "write_mark",
 MANIFEST = "manifest.json"
 MARKER = "prismoe.json"
 _HASH_CHUNK = 1 << 20
