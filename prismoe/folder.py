@@ -6,6 +6,7 @@ A folder of ours carries `prismoe.json` (kind and key of what is being made) fro
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -41,6 +42,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 MARKER = "prismoe.json"
+LOCK = ".prismoe.lock"
 _HASH_CHUNK = 1 << 20
 
 
@@ -160,11 +162,11 @@ class Manifest:
         path = Path(folder) / MANIFEST
         if not path.is_file():
             return None
+        if _checking:
+            read_mark(folder)
         body = read_json(path)
         stated = body.pop("sha256", None)  # one that was written by hand has none
         try:
-        if _checking:
-            read_mark(folder)
             found = cls(**body)
         except TypeError as error:
             raise InputError(f"not a readable manifest ({error})"[:200], where=str(path)) from error
@@ -321,6 +323,27 @@ def _mark(kind: str, key: str) -> dict[str, str]:
     return {**body, "sha256": hashlib.sha256(_json_bytes(body)).hexdigest()}
 
 
+def _lock(out: Path) -> int:
+    """Hold the folder's lock file; the kernel drops it when the process ends, however it ends."""
+    path = out / LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise ResourceError(
+                f"output folder is in use by process {pid}", where=str(out), hint="wait for it, or choose another --out"
+            ) from None
+        # The holder unlinks the file before it lets go, so a lock on a file without a name protects nothing.
+        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+            return handle
+        os.close(handle)
+
+
 @contextmanager
 def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Path]:
     """Hold `out` for one job: `kind` names the verb, `key` is a hash over everything that decides the bytes.
@@ -341,6 +364,9 @@ def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Pa
     try:
         _take_over(out, kind=kind, key=key, force=force)
         yield out
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(handle)
 
 
 def _take_over(out: Path, *, kind: str, key: str, force: bool) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismoe.errors import InputError, UsageError
+from prismoe.errors import InputError, ResourceError, UsageError
 from prismoe.folder import MARKER, claim, make_folder, write_atomic, write_json_atomic, write_mark
 from prismoe.progress import Progress, quiet
 from prismoe.run.stages import STAGES, Work
