@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +14,15 @@ from tests.torture.processes import Finished, Running, start
 
 NEEDED = ("torch.distributed.fsdp", "prismoe.train.checkpoints", "prismoe.train.loop", "prismoe.train.model")
 
-__all__ = ["begin", "rank", "together"]
+EVERY = 5  # steps between checkpoints of runs that lose a process
+
+__all__ = ["EVERY", "begin", "die", "rank", "ready", "together", "whole"]
+
+
+def ready() -> None:
+    """Import what several processes need beside what one needs, before any of them is forked."""
+    for name in NEEDED:
+        import_module(name)
 
 
 def begin(words: Sequence[str], *, world: int, log: Path, before: Callable[[], None] | None = None) -> list[Running]:
@@ -20,8 +30,7 @@ def begin(words: Sequence[str], *, world: int, log: Path, before: Callable[[], N
 
     Rank r prints to `log`-r.out and `log`-r.err. One process is started as nobody would launch it.
     """
-    for name in NEEDED:
-        import_module(name)  # once, before the first fork
+    ready()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,3 +57,15 @@ def together(
 def rank() -> int:
     """That of this process."""
     return int(os.environ["RANK"])
+
+
+def whole(checkpoints: Path, *, before: int) -> None:
+    """Wait until the checkpoint of the last step before `before` that `EVERY` divides is written (not if it is 0)."""
+    step = (before - 1) // EVERY * EVERY
+    while step and not (checkpoints / f"step-{step:08d}/manifest.json").exists():
+        time.sleep(0.005)
+
+
+def die() -> None:
+    """As the kernel ends a process that took too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
