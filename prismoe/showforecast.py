@@ -12,8 +12,10 @@ __all__ = ["show_forecast"]
 
 def show_forecast(screen: Screen, receipt: Mapping[str, Any]) -> None:
     """Memory, traffic, disk and time of a dry run, and the lines that launch it."""
-    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
-    keys = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes", "activation_bytes", "logit_bytes")
+    parts = ["weights", "gradients", "optimizer", "gathered", "activations", "logits"]
+    keys = ["weight_bytes", "gradient_bytes", "optimizer_bytes", "gathered_bytes", "activation_bytes", "logit_bytes"]
+    if receipt.get("teacher_bytes"):
+        parts, keys = [*parts, "teacher"], [*keys, "teacher_bytes"]
     of_a_device = ", ".join(f"{name} {bytes_text(receipt[key])}" for name, key in zip(parts, keys, strict=True))
     sent = ", ".join(f"{name.replace('_', '-')} {bytes_text(n)}" for name, n in receipt["sent_bytes"].items() if n)
     copies = receipt["layout"]["replicate"]

@@ -284,6 +284,8 @@ def _pretrain_line(receipt: Receipt) -> str:
         fits = "model, domains and settings fit" if not receipt["not_checked"] else "the settings fit"
         return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens: {fits}"
     loss = f"loss {receipt['first_loss']:.3f} → {receipt['last_loss']:.3f}"
+    if taught := receipt.get("teacher_loss"):
+        loss += f", from the teacher {taught[0]:.3f} → {taught[1]:.3f}"
     rate = receipt.get("tokens_per_second")
     speed = f", {count_text(rate)} tokens/s" if rate else ""
     return f"{receipt['steps']} steps, {count_text(receipt['tokens'])} tokens, {loss}{speed}"

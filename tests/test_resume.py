@@ -13,7 +13,8 @@ import pytest
 from prismoe.errors import InputError, InterruptedRun, ResourceError
 from prismoe.folder import Manifest
 from prismoe.train.metrics import MetricsLog, read_metrics
-from prismoe.train.pretrain import PretrainConfig, _as_recorded, pretrain
+from prismoe.train.pretrain import PretrainConfig, pretrain
+from prismoe.train.recorded import as_recorded
 from tests.training import domain_folder, tiny_moe
 
 CONFIG = PretrainConfig(
@@ -198,10 +199,10 @@ def test_a_setting_that_a_later_version_added_is_no_change_while_it_has_its_defa
     def now(**later):
         return {**begun, "pretrain": {**begun["pretrain"], **later}}
 
-    assert _as_recorded(path, now(spike=50.0, betas=(0.9, 0.95))) == begun
+    assert as_recorded(path, now(spike=50.0, betas=(0.9, 0.95))) == begun
     for other in (now(spike=10.0), now(lr=2e-3, spike=50.0), {**now(), "parents": {"source": "x"}}):
-        assert _as_recorded(path, other) == other
-    assert _as_recorded(tmp_path / "absent", now()) == now()
+        assert as_recorded(path, other) == other
+    assert as_recorded(tmp_path / "absent", now()) == now()
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -214,9 +215,9 @@ def test_an_argument_that_a_policy_got_later_is_no_change_while_it_has_its_defau
 
     begun, path = job(1e-2), tmp_path / "settings.json"
     path.write_text(json.dumps(begun))
-    assert _as_recorded(path, job(1e-2, compat=False)) == begun
+    assert as_recorded(path, job(1e-2, compat=False)) == begun
     for other in (job(1e-2, compat=True), job(2e-2, compat=False)):
-        assert _as_recorded(path, other) == other
+        assert as_recorded(path, other) == other
 
 
 def test_a_damaged_checkpoint_is_an_error_and_not_a_start_from_zero(tmp_path, source, domains):

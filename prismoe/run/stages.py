@@ -15,6 +15,7 @@ from prismoe.run.evaluation import check_evaluation, evaluate_run, is_evaluated,
 from prismoe.run.recovery import RECOVERED, recover_run
 from prismoe.run.texts import SIFTED, is_sifted, prepare_part, sift_texts, sifting, texts
 from prismoe.run.tracing import check_trace, trace_run, traced
+from prismoe.run.training import check_training, taught_by, train
 
 if TYPE_CHECKING:
     from prismoe.checkpoint import Checkpoint
@@ -256,12 +257,6 @@ def _calibrate(work: Work) -> dict[str, Any]:
         ).to_dict()
 
 
-def _pretrain(work: Work) -> dict[str, Any]:
-    from prismoe.run.training import train
-
-    return train(work)
-
-
 def _report(work: Work) -> dict[str, Any]:
     from prismoe.report import write_report
 
@@ -325,15 +320,16 @@ STAGES: dict[str, Stage] = {
         dry=True,
     ),
     "pretrain": Stage(
-        _pretrain,
+        train,
         "train/manifest.json",
         ("convert", "prepare", "recover"),
         lambda c: {
             "seed": c.seed,
             "weights": c.need("data").weights,
-            "pretrain": {**_keys(c.need("pretrain")), **_reference(c)},
+            "pretrain": {**_keys(c.need("pretrain")), **_reference(c), **taught_by(c)},
         },
         needs=("pretrain", "data"),
+        check=check_training,
     ),
     "eval": Stage(
         evaluate_run,

@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prismoe.run.recovery import mixture
-from prismoe.train.engine.layout import Layout, launched
 
 if TYPE_CHECKING:
+    from prismoe.checkpoint import Checkpoint
+    from prismoe.config import Config
     from prismoe.run.stages import Work
 
-__all__ = ["train"]
+__all__ = ["check_training", "taught_by", "train"]
+
+
+def check_training(work: Work) -> None:
+    """That the teacher of this run is there and fits, before the first stage begins."""
+    from prismoe.train.fit import check_teacher
+
+    teacher = _teacher(work)
+    if teacher is not None and (teacher.has_weights or not work.dry_run):
+        check_teacher(teacher, work.checkpoint.config, config=work.config.need("pretrain"))
+
+
+def taught_by(config: Config) -> Mapping[str, str]:
+    """The teacher by what it is, not by where it lies; the source decides anyway."""
+    from prismoe.checkpoint import Checkpoint
+
+    named = config.need("pretrain").teacher
+    there = named not in ("", "source") and Path(named).is_dir()
+    return {"teacher": Checkpoint.open(named).fingerprint} if there else {}
+
+
+def _teacher(work: Work) -> Checkpoint | None:
+    from prismoe.checkpoint import Checkpoint
+
+    named = work.config.need("pretrain").teacher
+    if named == "source":
+        return work.checkpoint
+    return Checkpoint.open(named, offline=work.offline) if named else None
 
 
 def train(work: Work) -> dict[str, Any]:
@@ -25,8 +56,13 @@ def train(work: Work) -> dict[str, Any]:
     missing = [path.name for path in needed if not (path / "manifest.json").is_file()] if work.dry_run else []
     if settings.model != "moe" and work.dry_run and not work.checkpoint.has_weights and settings.init == "source":
         missing.append("the weights of the source")
+    teacher = _teacher(work)
+    if teacher is not None and work.dry_run and not teacher.has_weights:
+        missing.append("the weights of the teacher")
     receipt: dict[str, Any] = {}
     if not missing:
+        if teacher is not None:
+            settings = replace(settings, teacher=str(teacher.folder))
         trained = pretrain(
             source,
             settings,
@@ -54,6 +90,7 @@ def _online(work: Work) -> dict[str, Any]:
 
 def _forecast(work: Work) -> dict[str, Any]:
     """What the run would need, from shapes alone; the processes are those that the config or the launcher speaks of."""
+    from prismoe.train.engine.layout import Layout, launched
     from prismoe.train.fit import num_experts
     from prismoe.train.forecast import forecast
 
@@ -65,8 +102,10 @@ def _forecast(work: Work) -> dict[str, Any]:
         micro_batch_size=settings.micro_batch_size,
         num_experts=num_experts(model),
     )
+    teacher = _teacher(work) if settings.teacher_weight else None
+    taught = None if teacher is None else teacher.config
     command = shlex.join(["pretrain", *work.config.words()])
-    return forecast(model, settings, layout, where=where, command=command).to_dict()
+    return forecast(model, settings, layout, where=where, command=command, teacher=taught).to_dict()
 
 
 def _model_config(work: Work) -> tuple[dict[str, Any], str]:

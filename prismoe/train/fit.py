@@ -8,14 +8,14 @@ from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
-from prismoe.errors import InputError
+from prismoe.errors import InputError, UsageError
 from prismoe.folder import sha256_file
 from prismoe.room import require_room
 from prismoe.train.engine.layout import Layout, launched
 from prismoe.train.logits import logit_bytes
 from prismoe.train.settings import PretrainConfig
 
-__all__ = ["EXPERT_COUNTS", "check_fit", "check_room", "num_experts"]
+__all__ = ["EXPERT_COUNTS", "check_fit", "check_room", "check_teacher", "num_experts"]
 
 # Under one of these names a stock config says how many routed experts a layer has.
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -48,6 +48,37 @@ def check_fit(checkpoint: Checkpoint, domains: Iterable[Domain], *, seq_len: int
             )
 
 
+def check_teacher(
+    teacher: Checkpoint,
+    model: Mapping[str, Any],
+    *,
+    config: PretrainConfig,
+    tokenizer_sha256: str | None = None,
+) -> None:
+    """Whether `teacher` can say something of what a `model` (its stock config) reads, in the same words.
+
+    Args:
+        tokenizer_sha256: of the tokenizer of the text, where it is known.
+
+    Raises:
+        InputError, UsageError: no weights, another vocabulary or tokenizer, too few positions, too large a top.
+    """
+    own, written = teacher.folder / "tokenizer.json", str(teacher.folder / "config.json")
+    if not teacher.has_weights:
+        raise InputError("no weights", where=str(teacher.folder), needed="those of a teacher")
+    found, vocab_size = teacher.config.get("vocab_size"), model.get("vocab_size")
+    if found != vocab_size:
+        raise InputError(f"a teacher's vocabulary of {found}", where=written, needed=f"{vocab_size}, the model's")
+    positions = teacher.config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.seq_len > positions:
+        raise InputError(f"a teacher's {positions} positions", where=written, needed=f"seq_len {config.seq_len}")
+    if tokenizer_sha256 is not None and own.is_file() and sha256_file(own) != tokenizer_sha256:
+        raise InputError("a teacher's other tokenizer", where=str(own), needed="the one of the prepared text")
+    if isinstance(vocab_size, int) and config.teacher_top >= vocab_size:
+        top, needed = f"{config.teacher_top} of {vocab_size} words", "fewer, or 0 for all"
+        raise UsageError(top, where="pretrain.teacher_top", needed=needed)
+
+
 def num_experts(config: Mapping[str, Any]) -> int:
     """Routed experts of a layer by a model's config.json, 0 for a dense model (one expert is no choice)."""
     found = max(config.get(name) or 0 for name in EXPERT_COUNTS)
@@ -55,12 +86,18 @@ def num_experts(config: Mapping[str, Any]) -> int:
 
 
 def check_room(
-    out: Path, config: PretrainConfig, layout: Layout, model: Mapping[str, Any], *, num_parameters: int
+    out: Path,
+    config: PretrainConfig,
+    layout: Layout,
+    model: Mapping[str, Any],
+    *,
+    num_parameters: int,
+    num_taught: int = 0,
 ) -> None:
     """Disk and memory that a run cannot do without; `model` is the stock config.
 
-    Weights, gradients and two moments in float32, what the loss takes, and of each token what enters each layer;
-    everything else that is kept for the backward pass comes on top.
+    Weights, gradients and two moments in float32, the weights of a teacher (`num_taught`), what the loss takes, and of
+    each token what enters each layer; everything else that is kept for the backward pass comes on top.
     Memory is that of one machine, on which all of the processes may be: known only for as many as there are here. It
     is not what a device has. The copy of a save beside training is not in it: without room for that, `Saver` waits.
 
@@ -71,7 +108,8 @@ def check_room(
     tokens = (config.micro_batch_size or config.batch_size // layout.world) * config.seq_len
     checkpoints = config.keep + 1 if config.save_every else 1
     states = 4 * tokens * model.get("hidden_size", 0) * model.get("num_hidden_layers", 0)
-    held = 16 * num_parameters // layout.shard + logit_bytes(tokens, model.get("vocab_size", 0)) + states
+    logits = logit_bytes(tokens, model.get("vocab_size", 0), taught=num_taught > 0)
+    held = (16 * num_parameters + 4 * num_taught) // layout.shard + logits + states
     require_room(
         out,
         disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),

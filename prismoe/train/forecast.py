@@ -9,12 +9,13 @@ Per device and in bytes, for P parameters sharded over s processes of a copy (r 
 - activations of a layer and token: 4 D + 2 (heads + kv heads) · head size of attention and norms, and K (2 D + 3 W) of
   the experts or 3 F of a dense FFN, in the dtype of the computation. With recompute D a layer, and one layer in full.
 - logits: 3 · V · 4 a token (what is returned, in float32, and its gradient), of the tokens that `logits` takes at once.
+- a teacher: 4 P/s for its P weights, the largest two of its groups gathered, and as many logits again.
 - of the host, while a checkpoint is written beside training: 12 P/s for the copy of weights and moments and as much
   for what is being written of it, each process. Where that is not there training waits for its checkpoints instead.
 
-Sent by each process in a step of m micro-batches: weights are gathered twice (forward, backward) and gradients
-scattered once a micro-batch, (s-1)/s of each tensor; with r copies the shard is reduced over them, 2 (r-1)/r of it;
-with experts apart, 4 times K · D a token and layer, (e-1)/e of it.
+Sent by each process in a step of m micro-batches: weights are gathered twice (forward, backward; a teacher's once) and
+gradients scattered once a micro-batch, (s-1)/s of each tensor; with r copies the shard is reduced over them, 2 (r-1)/r
+of it; with experts apart, 4 times K · D a token and layer, (e-1)/e of it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ MASTER = 4  # bytes of a weight, a gradient and each moment
 
 @dataclass(frozen=True)
 class Forecast:
-    """Sizes in bytes. `tokens_per_second` is of all devices together at `assumed_mfu`, None without `hardware`."""
+    """Sizes in bytes. `flops_per_token` includes a teacher's forward pass.
+
+    `tokens_per_second` is of all devices together at `assumed_mfu`, None without `hardware`.
+    """
 
     processes: int
     layout: dict[str, int]
@@ -54,6 +58,7 @@ class Forecast:
     gathered_bytes: int
     activation_bytes: int
     logit_bytes: int
+    teacher_bytes: int
     memory_bytes: int
     saving_bytes: int
     sent_bytes: dict[str, int]
@@ -71,11 +76,18 @@ class Forecast:
 
 
 def forecast(
-    model_config: Mapping[str, Any], config: PretrainConfig, layout: Layout, *, where: str, command: str
+    model_config: Mapping[str, Any],
+    config: PretrainConfig,
+    layout: Layout,
+    *,
+    where: str,
+    command: str,
+    teacher: Mapping[str, Any] | None = None,
 ) -> Forecast:
     """What `config` on the model that `model_config` (config.json, from `where`) describes needs with `layout`.
 
-    `command` is what a launch line has behind `prismoe`. Reads no weight.
+    `command` is what a launch line has behind `prismoe`; `teacher` is the config.json of the model to learn from. Reads
+    no weight.
 
     Raises:
         InputError: the architecture is not stock.
@@ -91,9 +103,18 @@ def forecast(
     tokens = at_once * config.seq_len
     groups = _groups(model, layout)
     gathered = sum(sorted(groups)[-2:]) * item if layout.shard > 1 else 0
-    activations, logits = _activations(model.config, config, tokens, item), logit_bytes(tokens, model.config.vocab_size)
-    memory = MASTER * 4 * held + gathered + activations + logits
+    activations = _activations(model.config, config, tokens, item)
+    logits = logit_bytes(tokens, model.config.vocab_size, taught=teacher is not None)
     per_token = flops_per_token(model, seq_len=config.seq_len)
+    sent, taught = _sent(model, layout, micro_batches=micro_batches, tokens=tokens, item=item), 0
+    if teacher is not None:
+        frozen = empty_model(teacher, where="the teacher")
+        taught = MASTER * sum(layout.held(parameter.shape) for parameter in frozen.parameters())
+        taught += sum(sorted(_groups(frozen, layout))[-2:]) * item if layout.shard > 1 else 0
+        per_token += flops_per_token(frozen, seq_len=config.seq_len) / 3  # no backward pass
+        more = _sent(frozen, layout, micro_batches=micro_batches, tokens=tokens, item=item)
+        sent |= {"all_gather": sent["all_gather"] + more["all_gather"] // 2}
+    memory = MASTER * 4 * held + gathered + activations + logits + taught
     rate = layout.world * hardware_peak(config.hardware) * ASSUMED_MFU / per_token if config.hardware else None
     num_tokens = config.steps * config.batch_size * config.seq_len
     checkpoint = 3 * MASTER * total
@@ -113,9 +134,10 @@ def forecast(
         gathered_bytes=gathered,
         activation_bytes=activations,
         logit_bytes=logits,
+        teacher_bytes=taught,
         memory_bytes=memory,
         saving_bytes=2 * 3 * MASTER * held,
-        sent_bytes=_sent(model, layout, micro_batches=micro_batches, tokens=tokens, item=item),
+        sent_bytes=sent,
         checkpoint_bytes=checkpoint,
         model_bytes=model_bytes,
         disk_bytes=checkpoint * (config.keep + 1 if config.save_every else 1) + model_bytes,

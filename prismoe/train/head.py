@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from prismoe.train.lesson import Lesson
 from prismoe.train.logits import rows_at_once
 
-__all__ = ["head_factor", "text_loss", "token_losses"]
+__all__ = ["head_factor", "in_place_of", "product_dtype", "text_loss", "token_losses"]
 
 IGNORED = -100
 
@@ -31,30 +32,42 @@ def token_losses(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Ten
 
 
 def text_loss(
-    model: Any, ids_BT: torch.Tensor, labels_BT: torch.Tensor, *, num_tokens: float, **inputs: Any
+    model: Any,
+    ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    *,
+    num_tokens: float,
+    lesson: Lesson | None = None,
+    **inputs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed loss of a stock causal LM over `num_tokens`, and that of each token as in `token_losses`, detached.
 
-    `inputs` are further arguments of the model. Only the first result has a graph.
+    With a `lesson` on these tokens the first is the weighted sum of text and teacher; the second stays the text's, and
+    the lesson knows its own. `inputs` are further arguments of the model. Only the first result has a graph.
     """
     head = model.get_output_embeddings()
     rows = rows_at_once(ids_BT.numel(), head.weight.shape[0])
     factor = head_factor(model) if rows and type(head) is torch.nn.Linear else None
-    if factor is None:
-        loss_BT = token_losses(model(input_ids=ids_BT, use_cache=False, **inputs).logits, labels_BT)
-        return loss_BT.sum() / num_tokens, loss_BT.detach()
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+    if factor is None:
+        logits_BTV = model(input_ids=ids_BT, use_cache=False, **inputs).logits
+        loss_BT = token_losses(logits_BTV, labels_BT)
+        total = loss_BT.sum() / num_tokens
+        if lesson is not None:
+            counted_T = (next_BT != IGNORED).flatten()
+            total = lesson.text_weight * total + lesson.loss(logits_BTV.flatten(0, 1), counted_T, 1.0 / num_tokens)
+        return total, loss_BT.detach()
     found: list[torch.Tensor] = []
 
     def loss_of(hidden_BTD: torch.Tensor) -> torch.Tensor:
         total, loss_T = _LossInParts.apply(  # type: ignore[no-untyped-call]
-            hidden_BTD.flatten(0, 1), head.weight, head.bias, next_BT.flatten(), 1.0 / num_tokens, factor, rows
+            hidden_BTD.flatten(0, 1), head.weight, head.bias, next_BT.flatten(), 1.0 / num_tokens, factor, rows, lesson
         )
         found.append(loss_T.view_as(next_BT)[:, :-1])
         said: torch.Tensor = (total / factor).view(1, 1, 1)  # the class multiplies by it
         return said
 
-    with _in_place_of(head, loss_of):
+    with in_place_of(head, loss_of):
         total = model(input_ids=ids_BT, use_cache=False, **inputs).logits
     return total.sum(), found[-1]
 
@@ -72,8 +85,8 @@ def head_factor(model: Any) -> float | None:
     hidden = MoeModelOutputWithPast(last_hidden_state=torch.zeros(1, 1, head.in_features, device=device))
     with (
         torch.no_grad(),
-        _in_place_of(model.base_model, lambda *_, **__: hidden),
-        _in_place_of(head, lambda _: said),
+        in_place_of(model.base_model, lambda *_, **__: hidden),
+        in_place_of(head, lambda _: said),
     ):
         # Not called but run: hooks would gather the weights of a sharded model.
         logits = model.forward(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False).logits
@@ -83,7 +96,7 @@ def head_factor(model: Any) -> float | None:
 
 
 @contextmanager
-def _in_place_of(module: torch.nn.Module, forward: Any) -> Iterator[None]:
+def in_place_of(module: torch.nn.Module, forward: Any) -> Iterator[None]:
     """`module` computes `forward` while the context is open."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -95,8 +108,17 @@ def _in_place_of(module: torch.nn.Module, forward: Any) -> Iterator[None]:
             module.forward = before
 
 
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """In what a product with `weight` is computed here: autocast's dtype where it is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 class _LossInParts(torch.autograd.Function):
-    """(slope · Σ loss, loss [T]) of hidden states [T, D] and labels [T]; gradients of the first in the forward pass."""
+    """(slope · Σ loss, loss [T]) of hidden states [T, D] and labels [T]; gradients of the first in the forward pass.
+
+    With a lesson the first is slope · (text weight · Σ loss + what the lesson is worth).
+    """
 
     @staticmethod
     def forward(
@@ -108,9 +130,9 @@ class _LossInParts(torch.autograd.Function):
         slope: float,
         factor: float,
         rows: int,
+        lesson: Lesson | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kind = hidden_TD.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+        kind, dtype = hidden_TD.device.type, product_dtype(weight_VD)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         hidden, weight = hidden_TD.detach().to(dtype), weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().to(dtype)
@@ -130,8 +152,11 @@ class _LossInParts(torch.autograd.Function):
                 loss_T[part] = (log_sum_R1 - logits_RV.gather(1, label_R1))[:, 0].where(counted_R, 0.0)
                 if to_hidden is None and to_weight is None and to_bias is None:
                     continue
+                taught_RV = None if lesson is None else lesson.slopes(part, logits_RV, counted_R)
                 slopes_RV = logits_RV.sub_(log_sum_R1).exp_()
                 slopes_RV.scatter_add_(1, label_R1, torch.full_like(log_sum_R1, -1.0))
+                if lesson is not None and taught_RV is not None:
+                    slopes_RV.mul_(lesson.text_weight).add_(taught_RV)
                 slopes_RV *= slope * factor
                 slopes_RV *= counted_R[:, None]
                 narrow_RV = slopes_RV.to(dtype)
@@ -144,7 +169,10 @@ class _LossInParts(torch.autograd.Function):
         dtypes = (None if given is None else given.dtype for given in (hidden_TD, weight_VD, bias_V))
         context.slopes = list(zip((to_hidden, to_weight, to_bias), dtypes, strict=True))
         context.mark_non_differentiable(loss_T)
-        return loss_T.sum() * slope, loss_T
+        total = loss_T.sum()
+        if lesson is not None:
+            total = (lesson.text_weight * total + lesson.worth()).to(wide)
+        return total * slope, loss_T
 
     @staticmethod
     @once_differentiable
@@ -153,7 +181,7 @@ class _LossInParts(torch.autograd.Function):
         found, context.slopes = context.slopes, None
         assert found is not None, "a second backward pass"
         slopes = [None if slope is None else slope.mul_(gradient).to(dtype) for slope, dtype in found]
-        return (*slopes, None, None, None, None)
+        return (*slopes, None, None, None, None, None)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -13,6 +13,9 @@ def rows_at_once(tokens: int, vocab_size: int) -> int:
     return ROWS if tokens * vocab_size > LARGEST and tokens > ROWS else 0
 
 
-def logit_bytes(tokens: int, vocab_size: int) -> int:
-    """What the loss of a micro-batch takes beside hidden states: logits, the same in float32, and their gradient."""
-    return 12 * vocab_size * (rows_at_once(tokens, vocab_size) or tokens)
+def logit_bytes(tokens: int, vocab_size: int, *, taught: bool = False) -> int:
+    """What the loss of a micro-batch takes beside hidden states: logits, the same in float32, and their gradient.
+
+    With a teacher as much again: its logits, and the logarithms of both models' probabilities.
+    """
+    return (24 if taught else 12) * vocab_size * (rows_at_once(tokens, vocab_size) or tokens)

@@ -27,6 +27,7 @@ from prismoe.train.scalars import SCALARS, Scalars
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.speed import TIMING, Timing, flops_per_token
 from prismoe.train.stopping import StopRequest
+from prismoe.train.teacher import Teacher
 from prismoe.train.trainer import Trainer
 from prismoe.train.unfold import unfolded, unfolding
 from prismoe.train.updates import adamw
@@ -61,6 +62,7 @@ def train(
     plan: Plan | None,
     stop: StopRequest,
     on_progress: Progress,
+    teacher: Teacher | None = None,
 ) -> Finished:
     """Train `model` in place for `config.steps` steps, going on from the newest checkpoint under `out`.
 
@@ -78,7 +80,7 @@ def train(
         policy = attach_policy(config.router, routers, arguments=config.arguments, all_reduce=engine.sum_with_gradient)
         optimizer = adamw([*model.parameters(), *policy.parameters().values()], config)
         health = Health(spike=config.spike, limit=config.skip_limit, rollbacks=config.rollbacks)
-        trainer = Trainer(model, config, mixing.mixture, routers, policy, optimizer, engine, health)
+        trainer = Trainer(model, config, mixing.mixture, routers, policy, optimizer, engine, health, teacher)
         with engine.losing_others():
             drift = ExpertDrift(model, routers, total=engine.sum)  # before a checkpoint replaces what the source gave
             run = _Run(trainer, mixing, drift, out, stop, on_progress)
@@ -117,6 +119,8 @@ class _Run:
             self.scalars.begin(None)
         self.log = MetricsLog(out / "metrics.jsonl", position=position, muted=muted)
         flops = flops_per_token(trainer.model, seq_len=self.config.seq_len)
+        if trainer.teacher is not None:
+            flops += trainer.teacher.flops_per_token()
         engine = self.engine
         bf16 = self.config.precision == "bf16"
         self.peak = " of a measured product" if engine.device.type == "cpu" else ""
@@ -174,6 +178,7 @@ class _Run:
                 continue
             self.step, self.evaluated = self.step + 1, False
             shown = f"loss {line['loss']:.3f}" if "loss" in line else "left out"
+            shown += f" · teacher {line['teacher_loss']:.3f}" if "teacher_loss" in line else ""
             shown += f" · MFU {clock['mfu']:.1%}{self.peak}" if "mfu" in clock else ""
             self.on_progress(
                 f"train step: {shown}{in_short(line)}{self.trainer.alarms.in_short()}", self.step, config.steps

@@ -7,6 +7,7 @@ the recipes that `convert` would write to disk are carried out in memory, by eac
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,11 @@ class Origin:
     def num_experts(self) -> int:
         """Routed experts of a layer, 0 for a dense model."""
         return num_experts(self.config)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model's folder."""
+        return sum(math.prod(shape) for _, shape in self.tensors().values())
 
     def plan(self) -> Plan | None:
         """The plan of the mixture, where one is known.

@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismoe import registry
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.mixture import Mixture
 from prismoe.data.reference import resolve_reference
 from prismoe.data.rules import STATIC, Mixing
 from prismoe.data.shards import Domain
-from prismoe.errors import InputError, ResourceError
+from prismoe.errors import InputError, ResourceError, UsageError
 from prismoe.folder import Manifest, claim, hash_files, remove_folder, sha256_file, write_json_atomic
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.train.alarms import warnings_of
 from prismoe.train.engine.layout import Layout, launched
-from prismoe.train.fit import check_fit, check_room
+from prismoe.train.fit import check_fit, check_room, check_teacher
 from prismoe.train.metrics import read_metrics
 from prismoe.train.origin import Origin
+from prismoe.train.recorded import as_recorded, differences
 from prismoe.train.routers import arguments_of
 from prismoe.train.settings import MAY_CHANGE, PretrainConfig
 from prismoe.train.stopping import StopRequest, stop_on_signal
@@ -44,7 +43,8 @@ KIND, MODEL_KIND, SETTINGS = "pretrain", "model", "settings.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after.
+    """Receipt. `loss` is the language-model loss alone, in nats a token; `heldout` per domain before and after;
+    `teacher_loss` the divergence from the teacher, first and last.
 
     `mixture` is requested against achieved shares, `weight_history` what the mixing `rule` made of the weights and
     `weights` what it recommends for another run. `runtime` is by what function the experts computed, and what was set
@@ -76,6 +76,7 @@ class Trained:
     resumed_from: int
     seconds: float | None
     tokens_per_second: float | None
+    teacher_loss: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "model": str(self.model)}
@@ -139,18 +140,23 @@ def pretrain(
         origin = Origin.folder(checkpoint)
     else:
         origin = Origin.upcycled(checkpoint, plan, target=target, pad_to=pad_to, absorb=absorb)
+    teacher = _teacher(config, checkpoint, origin, offline=offline)
+    if teacher is not None:
+        check_teacher(teacher, origin.config, config=config, tokenizer_sha256=mixture.domains[0].tokenizer_sha256)
+        config = replace(config, teacher=teacher.fingerprint)  # by what it is, not by where it lies
     layout = Layout(world=launched()[1], replicate=config.replicate, experts=config.expert_parallel)
     layout.check(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, num_experts=origin.num_experts)
     if config.init == "source":
-        num_parameters = sum(math.prod(shape) for _, shape in origin.tensors().values())
-        check_room(out, config, layout, origin.config, num_parameters=num_parameters)
+        taught = Origin.folder(teacher).num_parameters if teacher is not None and config.teacher_weight else 0
+        check_room(out, config, layout, origin.config, num_parameters=origin.num_parameters, num_taught=taught)
     parents = {**origin.parents, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
+    parents |= {} if teacher is None else {"teacher": teacher.fingerprint}
     decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     if origin.num_experts:  # balance statistics are those of what all processes compute at once
         decisive["sequences_at_once"] = config.micro_batch_size * layout.world or config.batch_size
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
     job = {"pretrain": decisive, "weights": settings["weights"], "parents": parents}
-    job = _as_recorded(out / SETTINGS, job)
+    job = as_recorded(out / SETTINGS, job)
     if dry_run:
         return None
     from prismoe.train.engine import Engine
@@ -165,7 +171,7 @@ def pretrain(
         if done is not None:
             result = done.config["result"]
             return _receipt(out, result, resumed_from=result["steps"], seconds=None, steps_run=0)
-        result, finished = _train(origin, config, mixing, engine, out, settings, stop, on_progress)
+        result, finished = _train(origin, teacher, config, mixing, engine, out, settings, stop, on_progress)
         engine.barrier("the model is written")
         if engine.first:
             files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
@@ -186,7 +192,7 @@ def _claimed(out: Path, job: dict[str, Any], engine: Engine, *, force: bool) -> 
         engine.barrier("rank 0 has the folder")
         yield
         return
-    if not force and (changed := _differences(out / SETTINGS, job)):
+    if not force and (changed := differences(out / SETTINGS, job)):
         raise ResourceError(
             f"output folder holds a different job ({'; '.join(changed)})",
             where=str(out),
@@ -201,71 +207,9 @@ def _claimed(out: Path, job: dict[str, Any], engine: Engine, *, force: bool) -> 
         yield
 
 
-def _as_recorded(path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """The job that was begun in the folder where `job` is the same: settings of later versions have their defaults.
-
-    So have arguments that a router policy or a mixing rule got later.
-    """
-    try:
-        before = json.loads(path.read_bytes())
-        known = before["pretrain"]
-        now = json.loads(json.dumps(job))
-        now["pretrain"] = _known(now["pretrain"], known, _defaults(now["pretrain"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return job
-    return before if now == before else job
-
-
-def _known(now: dict[str, Any], known: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`now` without what `known` does not have and is at its default; mappings within mappings likewise."""
-    found = {}
-    for key, value in now.items():
-        if key not in known and value == defaults.get(key):
-            continue
-        nested = isinstance(value, dict) and isinstance(known.get(key), dict) and isinstance(defaults.get(key), dict)
-        found[key] = _known(value, known[key], defaults[key]) if nested else value
-    return found
-
-
-def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting's default, as JSON has it; those of arguments by the policies and the rule that are at work."""
-    found = asdict(PretrainConfig())
-    router = settings.get("router", found["router"])
-    policies = {name: _keywords("prismoe.train.routers", name, "attach") for name in _names(router)}
-    found["arguments"] = policies[router] if isinstance(router, str) else policies
-    found["mixing_arguments"] = _keywords("prismoe.data.rules", settings.get("mixing", found["mixing"]), "update")
-    jsonable: dict[str, Any] = json.loads(json.dumps(found))
-    return jsonable
-
-
-def _names(router: str | Iterable[str]) -> list[str]:
-    return [router] if isinstance(router, str) else list(router)
-
-
-def _keywords(package: str, name: str, function: str) -> dict[str, Any]:
-    parameters = registry.keywords(getattr(registry.load(package, name, where=package), function))
-    return {key: item.default for key, item in parameters.items() if item.default is not item.empty}
-
-
-def _differences(path: Path, job: Mapping[str, Any]) -> list[str]:
-    """What a run that was begun in the folder had otherwise."""
-    try:
-        before = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return []
-    found = []
-    for section, now in json.loads(json.dumps(job)).items():
-        old = before.get(section, {})
-        found += [
-            f"{section}.{key} was {json.dumps(old.get(key))[:60]}, is {json.dumps(now.get(key))[:60]}"
-            for key in sorted({*now, *old})
-            if now.get(key) != old.get(key)
-        ]
-    return found
-
-
 def _train(
     origin: Origin,
+    teacher: Checkpoint | None,
     config: PretrainConfig,
     mixing: Mixing,
     engine: Engine,
@@ -280,6 +224,7 @@ def _train(
     from prismoe.train.loop import train
     from prismoe.train.model import place_model, save_model
     from prismoe.train.runtime import runtime
+    from prismoe.train.teacher import Teacher
 
     tuned = runtime(threads=config.threads, fast_matmul=config.fast_matmul, keep_memory=config.keep_memory)
     with tuned as found:
@@ -302,8 +247,20 @@ def _train(
         if config.init == "random":
             check_room(out, config, engine.layout, model.config.to_dict(), num_parameters=num_parameters)
         plan = origin.plan() if config.init == "source" else None
+        learned_from = None
+        if teacher is not None and config.teacher_weight:
+            engine.at("reading the weights of the teacher")
+            learned_from = Teacher.load(teacher, config, engine)
         finished = train(
-            model, config, mixing=mixing, engine=engine, out=out, plan=plan, stop=stop, on_progress=on_progress
+            model,
+            config,
+            mixing=mixing,
+            engine=engine,
+            out=out,
+            plan=plan,
+            stop=stop,
+            on_progress=on_progress,
+            teacher=learned_from,
         )
         files = save_model(model, origin, out / "model", engine=engine)
     if engine.first:
@@ -333,6 +290,7 @@ def _train(
         "router": " + ".join(policies) if finished.num_routers else None,
         "router_gradient_norm": [min(norms), max(norms)] if norms else None,
         "idle_experts": evals[-1].get("idle"),
+        "teacher_loss": None if learned_from is None else [steps[0]["teacher_loss"], steps[-1]["teacher_loss"]],
         "skipped": finished.skipped,
         "went_back": finished.went_back,
         "warnings": [*mixing.warnings, *(alarms if finished.num_routers else [])],
@@ -344,7 +302,20 @@ def _receipt(out: Path, result: dict[str, Any], *, resumed_from: int, seconds: f
     norms = result["router_gradient_norm"]
     rate = result["tokens"] * steps_run / result["steps"] / seconds if seconds else None
     fields = {**result, "router_gradient_norm": None if norms is None else (norms[0], norms[1])}
+    if taught := result.get("teacher_loss"):  # no version before had it
+        fields["teacher_loss"] = (taught[0], taught[1])
     return Trained(model=out / "model", resumed_from=resumed_from, seconds=seconds, tokens_per_second=rate, **fields)
+
+
+def _teacher(config: PretrainConfig, checkpoint: Checkpoint, origin: Origin, *, offline: bool) -> Checkpoint | None:
+    """What `config.teacher` names; None without one."""
+    if config.teacher != "source":
+        return Checkpoint.open(config.teacher, offline=offline) if config.teacher else None
+    if origin.num_experts and origin.made_with is None:
+        raise UsageError(
+            "source, but a mixture is trained as it is", where="pretrain.teacher", needed="its dense source's folder"
+        )
+    return checkpoint
 
 
 def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainConfig]:

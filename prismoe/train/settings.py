@@ -21,7 +21,9 @@ MAY_CHANGE = (
 The parts in which a mixture is computed are bound by its balance losses: see `PretrainConfig`.
 """
 
-LATER = ("compile",)
+_TAUGHT = ("text_weight", "teacher_weight", "teacher_temperature", "teacher_top")
+
+LATER = ("compile", "teacher", *_TAUGHT)
 """Settings that a later version added: with their defaults, finished runs of the versions before are what they were."""
 
 Positive = Annotated[int, Field(ge=1)]
@@ -54,6 +56,10 @@ class PretrainConfig:
     `mixing` is the rule that moves the domain weights (`prismoe.data.rules`) and `mixing_arguments` are its own; a
     dynamic one looks at the held-out losses every `mixing_every_tokens` and compares them with `reference`, a file
     of `reference_loss` or a loss for each domain. `attend` "document" keeps attention within documents.
+    `teacher` distils from a frozen checkpoint of the same vocabulary: a folder, or "source", the dense one of the run.
+    The loss is then `text_weight` · text + `teacher_weight` · T² · divergence, where T is `teacher_temperature` and
+    `teacher_top` (0: all) is how many of the teacher's likeliest words are compared one by one: see `train.lesson`.
+    With a `teacher_weight` of 0 there is none.
     `eval_every` and `save_every` count steps (0: only at the ends); `eval_tokens` bounds the held-out tokens read
     per domain; `keep` is how many training checkpoints stay (see `train.saving`). A run that would
     read a domain more than `max_epochs` times is refused. `threads` 0 leaves the number to torch.
@@ -96,6 +102,11 @@ class PretrainConfig:
     mixing_every_tokens: Positive = 2_500_000_000
     reference: str | dict[str, float] | None = None
     attend: Literal["sequence", "document"] = "sequence"
+    teacher: str = ""
+    teacher_weight: Annotated[float, Field(ge=0)] = 1.0
+    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
+    teacher_top: Count = 0
     eval_every: Count = 0
     eval_tokens: Annotated[int, Field(ge=2)] = 65_536
     save_every: Count = 0
@@ -142,3 +153,12 @@ class PretrainConfig:
                 where="pretrain.micro_batch_size",
                 needed="a divisor of batch_size, or 0 for the whole batch",
             )
+        self._check_taught()
+
+    def _check_taught(self) -> None:
+        changed = [name for name in _TAUGHT if getattr(self, name) != getattr(type(self), name)]
+        if changed and not self.teacher:
+            where, needed = f"pretrain.{changed[0]}", "pretrain.teacher: source or a folder"
+            raise UsageError(f"{getattr(self, changed[0])} without a teacher", where=where, needed=needed)
+        if not self.text_weight and not self.teacher_weight:
+            raise UsageError("0, and teacher_weight 0 too: nothing to learn", where="pretrain.text_weight")

@@ -18,6 +18,7 @@ from prismoe.train.routers import Moment, Policy, Router
 from prismoe.train.routing import GradientGuard, LoadMeter
 from prismoe.train.schedule import learning_rate
 from prismoe.train.settings import PretrainConfig
+from prismoe.train.teacher import Teacher
 from prismoe.train.updates import norms, scale_gradients
 
 __all__ = ["Trainer"]
@@ -39,6 +40,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     engine: Engine
     health: Health
+    teacher: Teacher | None = None
     parameters: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,19 +74,19 @@ class Trainer:
             group["lr"] = rate
         batches = self._batches(step + self.health.passed_over)
         meter = LoadMeter(self.routers, total=engine.sum)
-        sums, router_loss = self._forward_backward(batches, step, meter)
+        sums, beside = self._forward_backward(batches, step, meter)
         engine.at("adding up gradients")
         for parameter in self._replicated:
             if parameter.grad is not None:
                 engine.sum(parameter.grad)
         self.policy.before_step(self.model.parameters())
         squares = norms([self.parameters, *self._router_parameters], engine)
-        together = engine.sum(torch.cat([squares, sums, router_loss[None]])).cpu()
-        parts = [len(squares), *[len(self.mixture.names)] * 2, 1]
-        squares, nats, tokens, router_loss = torch.split(together, parts)
+        together = engine.sum(torch.cat([squares, sums, beside])).cpu()
+        parts = [len(squares), *[len(self.mixture.names)] * 2, len(beside)]
+        squares, nats, tokens, beside = torch.split(together, parts)
         whole, *router_norms = squares.sqrt().tolist()
         loss = float(nats.sum() / tokens.sum())
-        if found := self.health.judge(loss=loss + float(router_loss), norm=whole):
+        if found := self.health.judge(loss=loss + float(beside.sum()), norm=whole):
             self.optimizer.zero_grad(set_to_none=True)
             return {"event": "skipped", "step": step + 1, "lr": rate, "found": found, "tokens": int(tokens.sum())}
         self.guard.check(router_norms, whole=whole, step=step + 1)
@@ -105,8 +107,10 @@ class Trainer:
             "tokens": int(tokens.sum()),
             "by_domain": by_domain,
         }
+        if self.teacher is not None:
+            line["teacher_loss"] = float(beside[1])
         if self.routers:
-            line |= {"router_loss": float(router_loss), **meter.summary(), **self.policy.metrics()}
+            line |= {"router_loss": float(beside[0]), **meter.summary(), **self.policy.metrics()}
             self.alarms.add(meter.counts())
         line["gradient_norm"] = whole
         if self.routers:
@@ -125,33 +129,41 @@ class Trainer:
     def _forward_backward(
         self, batches: list[tuple[int, Batch]], step: int, meter: LoadMeter
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of this process. Returns nats and tokens by domain [2G] and the router loss, its share of them."""
+        """Gradients of this process. Returns nats and tokens by domain [2G], and of the losses beside that of the text
+        its share: of the routers and, with a teacher, of the divergence from it a token."""
         config, engine, device = self.config, self.engine, self.engine.device
         scored = [torch.from_numpy((batch.labels[:, 1:] != -100).sum(axis=1)).double() for _, batch in batches]
         num_tokens = float(engine.sum(torch.cat(scored).sum()))
         nats, tokens = (torch.zeros(len(self.mixture.names), dtype=torch.float64, device=device) for _ in range(2))
-        router_total = torch.zeros((), dtype=torch.float64, device=device)
+        beside = torch.zeros(1 if self.teacher is None else 2, dtype=torch.float64, device=device)
         for (first_row, batch), scored_B in zip(batches, scored, strict=True):
             inputs_BT, labels_BT = (torch.from_numpy(part).to(device) for part in (batch.input_ids, batch.labels))
             positions_BT = None if batch.position_ids is None else torch.from_numpy(batch.position_ids).to(device)
             numbers_T = torch.arange(inputs_BT.numel(), device=device) + first_row * config.seq_len
+            lesson = None
+            if self.teacher is not None:
+                engine.at("forward of the teacher")
+                with self.autocast():
+                    lesson = self.teacher.lesson(inputs_BT, position_ids=positions_BT)
             self.policy.begin(Moment(config.seed, step, numbers_T, config.seq_len))
             engine.at("forward")
             with self.autocast():
                 loss, loss_BT = text_loss(
-                    self.model, inputs_BT, labels_BT, num_tokens=num_tokens, position_ids=positions_BT
+                    self.model, inputs_BT, labels_BT, num_tokens=num_tokens, lesson=lesson, position_ids=positions_BT
                 )
+            if lesson is not None:
+                beside[1] += lesson.total() / num_tokens
             if self.routers:
                 router_loss = self.policy.loss() * (float(scored_B.sum()) / num_tokens)
                 meter.add()
                 loss = loss + router_loss
-                router_total += router_loss.detach()
+                beside[0] += router_loss.detach()
             engine.at("backward")
             loss.backward()  # type: ignore[no-untyped-call]
             index_B = torch.from_numpy(batch.domain_ids).to(device)
             nats.index_add_(0, index_B, loss_BT.double().sum(dim=1))
             tokens.index_add_(0, index_B, scored_B.to(device))
-        return torch.cat([nats, tokens]), router_total
+        return torch.cat([nats, tokens]), beside
 
 
 def _step_seed(seed: int, step: int) -> int:
