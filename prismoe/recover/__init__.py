@@ -132,7 +132,8 @@ def recover(
         weights=weights,
         out=out,
     )
-    found, state = _receipt(job, []), "dry run"
+    found: dict[str, Any] = {**_receipt(job, []), "layers": (), "warnings": ()}
+    state = "dry run"
     if not dry_run:
         state = _work(job, out, force=force, on_progress=on_progress)
         found = _read(out)

@@ -47,7 +47,7 @@ def _spend(costs_LE: npt.NDArray[np.float64], total: int) -> tuple[int, ...]:
     best[0, 0] = 0.0
     taken = np.zeros((layers, total + 1), np.int64)
     for layer, costs_E in enumerate(costs_LE):
-        for k in range(1, most + 1):
+        for k in range(1, min(most, total) + 1):
             with_k = best[layer, : total + 1 - k] + costs_E[k - 1]
             better = with_k < best[layer + 1, k:]
             best[layer + 1, k:][better] = with_k[better]

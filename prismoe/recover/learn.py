@@ -20,7 +20,7 @@ from prismoe.train.routing import watch
 from prismoe.train.schedule import learning_rate
 from prismoe.train.weighting import weighting
 
-__all__ = ["Lesson", "Measured", "learn", "measure"]
+__all__ = ["Lesson", "Measured", "learn", "measure", "squared_error"]
 
 Rows = npt.NDArray[np.int64]
 ROWS = 1024  # tokens at a time where nothing is learned
@@ -101,8 +101,7 @@ def learn(
                 )
             policy.begin(Moment(config.seed, step, numbers_S, size))
             with autocast:
-                error_SD = block(x_SD).float() - y_SD
-            squared = error_SD.square().sum() / (size * energy)
+                squared = squared_error(block, x_SD, y_SD, energy=energy)
             (squared + policy.loss()).backward()  # type: ignore[no-untyped-call]
             value = float(squared.detach())
             if not math.isfinite(value):
@@ -113,6 +112,11 @@ def learn(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             on_step(step + 1, steps, math.sqrt(value))
+
+
+def squared_error(block: Block, x_SD: torch.Tensor, y_SD: torch.Tensor, *, energy: float) -> torch.Tensor:
+    """Mean ‖block(x) - y‖² over the tokens, over `energy`, the mean ‖y‖² of all text: a scalar."""
+    return (block(x_SD).float() - y_SD).square().sum() / (len(x_SD) * energy)
 
 
 def _energy(lesson: Lesson) -> float:
