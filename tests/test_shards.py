@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from prismoe.data.shards import Domain, heldout_windows
 from prismoe.errors import InputError
+from prismoe.folder import Manifest
 from tests.text import TEXTS, jsonl, one
 from tests.tiny import tiny_tokenizer
 
@@ -20,6 +25,13 @@ FEW = settings(max_examples=25, deadline=None, database=None)
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    folder = tmp_path_factory.mktemp("domain")
+    one(folder, tokenizer, jsonl(folder / "a.jsonl", TEXTS))
+    return folder / "out" / "d"
 
 
 def test_opening_a_domain(tmp_path: Path, tokenizer: Path) -> None:
@@ -37,6 +49,42 @@ def test_opening_a_domain(tmp_path: Path, tokenizer: Path) -> None:
     (folder / "train-00000-000.tokens").unlink()
     with pytest.raises(InputError, match=r"train-00000-000\.tokens: missing"):
         Domain.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "message"),
+    [
+        ("shard", "num_tokens", -1, "not a readable manifest .*-1 is not a count"),
+        ("shard", "num_tokens", 1.0, r"not a readable manifest .*1\.0 is not a count"),
+        ("shard", "num_documents", True, "not a readable manifest .*True is not a count"),
+        ("shard", "num_tokens", 1 << 70, "not a readable manifest .* is not a count"),
+        ("shard", "num_bytes", "12", "not a readable manifest .*'12' is not a count"),
+        ("shard", "num_words", 1, "not a readable manifest .*num_words"),
+        ("shard", "num_bytes", 1, "shards do not add up to num_bytes of train"),
+        ("split", "num_documents", 1 << 40, "shards do not add up to num_documents of train"),
+        ("both", "num_tokens", 1 << 40, r"train-00000-000\.tokens: \d+ bytes; needed 2199023255552"),
+        ("both", "num_documents", 1 << 40, r"train\.ends: \d+ bytes; needed 17592186044416"),
+        ("all", "vocab_size", 1 << 33, "not a readable manifest .* is not a count"),
+        ("all", "end_token", -7, "not a readable manifest .*-7 is not a count"),
+    ],
+)
+def test_counts_of_a_manifest_that_cannot_be(
+    domain: Path, tmp_path: Path, where: str, name: str, value: Any, message: str
+) -> None:
+    """The manifest is whole by its own hash: what is wrong is what somebody wrote into it."""
+    shutil.copytree(domain, tmp_path / "d")
+    manifest = Manifest.read(domain)
+    assert manifest is not None
+    config = copy.deepcopy(manifest.config)
+    if where == "all":
+        config[name] = value
+    if where in ("shard", "both"):
+        config["shards"]["train"][0]["counts"][name] = value
+    if where in ("split", "both"):
+        config["splits"]["train"][name] = value
+    replace(manifest, config=config).write(tmp_path / "d")
+    with pytest.raises(InputError, match=message):
+        Domain.open(tmp_path / "d")
 
 
 @given(

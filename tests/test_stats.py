@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from prismoe.errors import InputError, UsageError
+from prismoe.folder import Manifest
 from prismoe.stats import QUANTITIES, TENSORS, NeuronStats
+from prismoe.stats.calibration import Calibration
 
 F, D, S, C, K = 6, 4, 5, 2, 3
 
@@ -161,3 +163,33 @@ def test_cut_files_are_refused(stats: NeuronStats, tmp_path: Path, kept: int) ->
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(InputError):
         NeuronStats.load(path)
+
+
+RESULT = {
+    **{"num_layers": 2, "num_clusters": 3, "num_sequences": 40, "num_tokens": 800, "loss": 2.5},
+    **{"cluster_domains": [[10], [20], [10]], "domains": ["a"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"sequences\.safetensors: missing; needed an entry in manifest\.json"),  # its counts pass
+        ({"num_layers": 0}, "not a readable manifest .*0 is not a count"),
+        ({"num_layers": -1}, "not a readable manifest .*-1 is not a count"),
+        ({"num_layers": 2.0}, r"not a readable manifest .*2\.0 is not a count"),
+        ({"num_layers": 1 << 60}, "not a readable manifest .* is not a count"),
+        ({"num_tokens": "800"}, "not a readable manifest .*'800' is not a count"),
+        ({"num_clusters": 41}, "not a readable manifest .*counts of clusters, sequences and tokens"),
+        ({"num_tokens": 39}, "not a readable manifest .*counts of clusters, sequences and tokens"),
+        ({"loss": "low"}, "not a readable manifest"),
+        ({"cluster_domains": [["many"]]}, "not a readable manifest"),
+        ({"cluster_domains": 7}, "not a readable manifest"),
+    ],
+)
+def test_counts_of_a_calibration_that_cannot_be(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    """The manifest is whole by its own hash: what is wrong is what somebody wrote into it."""
+    config = {"quantities": ["activation"], "result": {**RESULT, **change}}
+    Manifest("calibrate", parents={"source": "f" * 64}, config=config, files={}).write(tmp_path)
+    with pytest.raises(InputError, match=message):
+        Calibration.open(tmp_path)

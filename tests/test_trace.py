@@ -341,3 +341,20 @@ def test_damaged_traces_are_refused(traced, tmp_path):
     with pytest.raises(InputError, match="no trace in it"):
         RoutingTrace.open(tmp_path / "..")
     assert Manifest.read(tmp_path) is None
+
+
+def test_every_bit_of_a_trace_counts(traced, tmp_path):
+    """It stands in no manifest when it is given by its name: its own seal sees what counts alone would not."""
+    path = tmp_path / "trace.safetensors"
+    traced.save(path)
+    whole = path.read_bytes()
+    draw = np.random.default_rng(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in {*range(0, header, 31), *draw.integers(header, len(whole), 60).tolist()}:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"trace\.safetensors"):
+            RoutingTrace.open(path)
+    replace(traced, top_k=traced.top_k).save(path)
+    assert path.read_bytes() == whole
