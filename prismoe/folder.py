@@ -6,20 +6,21 @@ A folder of ours carries `prismoe.json` (kind and key of what is being made) fro
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
 
 from prismoe.errors import InputError, ResourceError
+from prismoe.lock import LOCK, hold
+from prismoe.room import unwritten
 from prismoe.strictjson import MAX_BYTES, read_json
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 MARKER = "prismoe.json"
-LOCK = ".prismoe.lock"
 _HASH_CHUNK = 1 << 20
 
 
@@ -93,8 +93,9 @@ def write_atomic(path: Path, data: bytes) -> None:
         partial.rename(path)
         fsync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ResourceError(f"cannot write: {error.strerror}", where=str(path)) from error
+        with suppress(OSError):  # of a disk that became read-only; `claim` clears it away another time
+            partial.unlink(missing_ok=True)
+        raise unwritten(path, error, size=len(data)) from error
 
 
 def write_json_atomic(path: Path, obj: object) -> None:
@@ -323,27 +324,6 @@ def _mark(kind: str, key: str) -> dict[str, str]:
     return {**body, "sha256": hashlib.sha256(_json_bytes(body)).hexdigest()}
 
 
-def _lock(out: Path) -> int:
-    """Hold the folder's lock file; the kernel drops it when the process ends, however it ends."""
-    path = out / LOCK
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
-            raise ResourceError(
-                f"output folder is in use by process {pid}", where=str(out), hint="wait for it, or choose another --out"
-            ) from None
-        # The holder unlinks the file before it lets go, so a lock on a file without a name protects nothing.
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-            return handle
-        os.close(handle)
-
-
 @contextmanager
 def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Path]:
     """Hold `out` for one job: `kind` names the verb, `key` is a hash over everything that decides the bytes.
@@ -356,17 +336,14 @@ def claim(out: Path, *, kind: str, key: str, force: bool = False) -> Iterator[Pa
         ResourceError: in use by another process, holds something else, or cannot be written.
     """
     out = Path(out)
-    try:
-        make_folder(out)
-        handle = _lock(out)
-    except OSError as error:
-        raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error
-    try:
+    with ExitStack() as held:
+        try:
+            make_folder(out)
+            held.enter_context(hold(out / LOCK, where=out))
+        except OSError as error:
+            raise unwritten(out, error, what="cannot make the output folder") from error
         _take_over(out, kind=kind, key=key, force=force)
         yield out
-    finally:
-        (out / LOCK).unlink(missing_ok=True)
-        os.close(handle)
 
 
 def _take_over(out: Path, *, kind: str, key: str, force: bool) -> None:

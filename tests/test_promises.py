@@ -31,7 +31,7 @@ WRITERS = {
     "convert/writer.py:_open": "a partial file, renamed when it is whole",
     "data/sift/columns.py:ColumnWriter.__enter__": "partial files, renamed when they are whole",
     "data/writer.py:HashedFile.__init__": "a partial file, renamed when it is whole",
-    "folder.py:_lock": "the lock: its text is for an error message only, and goes with the lock",
+    "lock.py:_take": "the lock: its text is for an error message only, and goes with the lock",
     "folder.py:write_atomic": "a partial file, renamed when it is whole",
     "generate/answers.py:answer_file": "OUT.partial: rows behind an atomic start without half lines; OUT itself is atomic",
     "mtbench/answering.py:answer_questions": "whole batches are kept by the next command, half lines are not; "

@@ -26,6 +26,7 @@ from prismoe.folder import (
     sha256_file,
     write_mark,
 )
+from prismoe.room import unwritten
 
 __all__ = ["check_same_texts", "collect", "finish", "finished", "join"]
 
@@ -43,7 +44,7 @@ def join(route: Route, kind: str) -> None:
         found = read_mark(route.folder)
         entries = [path.name for path in route.folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
-        raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(route.folder)) from error
+        raise unwritten(route.folder, error, what="cannot make the output folder") from error
     if found is None and [name for name in entries if name != MARKER]:
         raise ResourceError(
             f"output folder holds something else ({min(entries)})",

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prismoe.errors import InputError, ResourceError, UsageError
+from prismoe.errors import InputError, UsageError
 from prismoe.folder import MARKER, claim, make_folder, write_atomic, write_json_atomic, write_mark
 from prismoe.progress import Progress, quiet
+from prismoe.room import require_room, unwritten
 from prismoe.run.stages import STAGES, Work
 from prismoe.state import CONFIG, STATE, read_state
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from prismoe.config import Config
 
 __all__ = ["STAGES", "Done", "Run", "run", "run_folder"]
+
+SMALLEST = 1 << 20  # bytes that a run folder takes at least, with what it says of itself after every stage
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def run(
         for name in names:
             if not _finished(work, name, _late_key(name, keys, before), before):
                 STAGES[name].check(work)
+        require_room(work.folder("."), disk_bytes=SMALLEST)
     with _hold(work.out) if work.out is not None and writes else nullcontext():
         state = read_state(work.out) if work.out is not None else {}
         if writes:
@@ -161,7 +165,7 @@ def run_folder(out: Path) -> None:
     try:
         make_folder(out)
     except OSError as error:
-        raise ResourceError(f"cannot make the output folder: {error.strerror}", where=str(out)) from error
+        raise unwritten(out, error, what="cannot make the output folder") from error
     ours = {stage.output.split("/")[0] for stage in STAGES.values()} | {STATE}
     if not (out / MARKER).exists() and not any((out / name).exists() for name in ours):
         write_mark(out, "run", "run")
