@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from prismoe.checkpoint.finite import require_finite
 from prismoe.errors import InterruptedRun, UsageError
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
@@ -52,12 +53,17 @@ def train(
     """Tune the model of `origin` on `rows` and write it to `out/model`.
 
     Returns what the receipt has of the run, with the `files` of the model, and what it has of this command.
+
+    Raises:
+        InputError: a weight of `origin` is not finite; names its tensor.
     """
     check_dataset(rows)
     device = torch.device("cuda" if config.device == "cuda" or _has_cuda(config) else "cpu")
     engine = Engine(Layout(world=1), rank=0, device=device)
     with runtime(threads=config.threads) as found:
         model = load_model(origin.checkpoint.folder).to(device)
+        if not all(bool(torch.stack(torch.aminmax(weight)).isfinite().all()) for weight in model.parameters()):
+            require_finite(origin.checkpoint, sorted(origin.checkpoint.tensors))  # names the one
         use_experts(model, config.experts, device=device)
         computed = {"experts": experts_in_use(model), "device": device.type, **found}
         apart = _keeps_apart(model, config)
