@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,7 @@ def train(run: Planted, out: Path) -> str | None:
     words, log = ["pretrain", *run.words, "--out", str(out), "--json", *run.settings], out.with_name(f"{out.name}-log")
     seen, install = out.with_suffix(".seen"), _install(run.faults, out.with_suffix(".seen"))
     ended = together(words, world=run.world, log=log, before=install, timeout=900)
+    shutil.copy(out / "train/metrics.jsonl", out.with_suffix(".metrics"))  # a run that goes on cuts it off first
     again = together(words, world=run.world, log=log, timeout=900)[0].code if run.again else None
     found = {"code": ended[0].code, "error": ended[0].error, "again": again, "out": ended[0].out}
     out.with_suffix(".json").write_text(json.dumps({**found, "world": run.world}))
@@ -86,7 +88,7 @@ def result(out: Path) -> Result:
     files = [out.with_suffix(f".seen-{number}") for number in range(found["world"])]
     seen, log = (
         [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-        for paths in (files, [out / "train/metrics.jsonl"])
+        for paths in (files, [out.with_suffix(".metrics")])
     )
     return Result(found["code"], found["error"], found["again"], receipt, seen, log)
 
