@@ -22,11 +22,11 @@ def choose_top_k(
     the least worst layer), or the one of the least Σ error² that is at most `budget`.
     """
     errors = np.asarray(errors_LE, np.float64)
-    layers, most = errors.shape
+    layers, most = map(int, errors.shape)
     if error is not None:
         rows = errors if by_layer else errors.max(axis=0, keepdims=True)
-        chosen = [_first_below(row, error) for row in rows]
-        return tuple(chosen) if by_layer else (chosen[0],) * layers
+        chosen = tuple(_first_below(row, error) for row in rows)
+        return chosen if by_layer else chosen * layers
     assert budget is not None
     costs = errors**2
     if not by_layer:

@@ -30,6 +30,9 @@ __all__ = ["Job", "prepare"]
 
 LONGEST = 2048  # ids of a window where the config leaves it to us
 HELD_SHARE, HELD_MOST = 8, 8192  # an eighth of the text is kept back to measure on, and not more tokens than that
+LR_WIDTH = 0.6
+"""Learning rate times hidden size: AdamW's best rate for a matrix goes with one over its inputs (Yang et al. 2022,
+arXiv 2203.03466); 3e-3 was best of those tried at 192."""
 BASE_BYTES = 600 << 20  # interpreter, torch, transformers
 TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k")
 """Under these names a stock config says how many experts a token has."""
@@ -154,7 +157,8 @@ def _fit(config: RecoverConfig, dense: Checkpoint) -> RecoverConfig:
     seq_len = config.seq_len or min(LONGEST, dense.family.max_positions)
     if seq_len < 2:
         raise UsageError(f"{seq_len}", where="recover.seq_len", needed="at least 2")
-    return replace(config, device=device, seq_len=seq_len)
+    lr = config.lr or LR_WIDTH / dense.family.hidden_size
+    return replace(config, device=device, seq_len=seq_len, lr=lr)
 
 
 def _check_parent(moe: Checkpoint, dense: Checkpoint) -> Plan | None:

@@ -73,11 +73,12 @@ def learn(
     top_k: int,
     on_step: Callable[[int, int, float], None],
 ) -> None:
-    """Minimise Σ‖block(x) - y‖² / Σ‖y‖², the denominator that of all tokens, plus the balance loss.
+    """Minimise Σ‖block(x) - y‖² / Σ‖y‖², the denominator that of all tokens, plus the balance loss; `config.lr` is set.
 
     Raises:
         NumericalError: a loss that is not finite.
     """
+    assert config.lr is not None
     size = min(config.batch_tokens, len(lesson.rows))
     batches = len(lesson.rows) // size
     steps = config.epochs * batches

@@ -22,8 +22,9 @@ class RecoverConfig:
     `train` says what of a layer's mixture learns: its router alone, or its experts too, the shared one among them.
     Text: about `tokens` tokens of the train splits, in windows of `seq_len` (0: the model's positions, at most 2048);
     an eighth of them, at most 8192, is kept back to measure on. Each layer makes `epochs` passes over the rest in
-    batches of `batch_tokens`, by AdamW with a peak of `lr` (warm-up over a twentieth of the steps, then half a cosine
-    down to a tenth). `balance` is the coefficient of the Switch loss beside the relative squared error (0: none).
+    batches of `batch_tokens`, by AdamW with a peak of `lr` (None: 0.6 over the hidden size), warm-up over a twentieth
+    of the steps, then half a cosine down to a tenth. `balance` is the coefficient of the Switch loss beside the
+    relative squared error (0: none).
     `budget` is the mean number of experts that a token may be given in a layer, `error` the largest relative error
     that a layer may have: K follows from either (see `choose_top_k`); without them it stays.
     `batch_size` windows go through the dense model at a time.
@@ -32,8 +33,8 @@ class RecoverConfig:
     train: Literal["router", "router+experts"] = "router+experts"
     tokens: Positive = 100_000
     epochs: Positive = 4
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    batch_tokens: Positive = 1024
+    lr: Annotated[float, Field(gt=0)] | None = None
+    batch_tokens: Positive = 256
     balance: Annotated[float, Field(ge=0)] = 0.01
     budget: Annotated[float, Field(ge=1)] | None = None
     error: Annotated[float, Field(gt=0)] | None = None
