@@ -280,6 +280,32 @@ def test_one_seed_gives_one_result_however_it_is_stopped(
     assert other.layers != whole.layers
 
 
+def test_dense_layers_between_do_not_lose_the_thread(tmp_path: Path) -> None:
+    dense = tiny_dense(tmp_path / "model", "qwen3", num_hidden_layers=4)
+    domain = Domain.open(domain_folder(tmp_path / "text", tokenizer=dense / "tokenizer.json", documents=12))
+    moe = mixture(dense, "qwen3_moe", layers="odd")
+    whole = work(dense, moe, domain, tmp_path / "whole")
+    assert [layer.layer for layer in whole.layers] == [1, 3]
+
+    def stop(what: str, done: int, total: int) -> None:
+        if "layer 3" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRun):
+        work(dense, moe, domain, tmp_path / "stopped", on_progress=stop)
+    names = {path.name for path in (tmp_path / "stopped" / "scratch").iterdir()}
+    # Never more of the text's hidden states than were asked for: five, inputs and outputs of the FFN among them.
+    assert names - {"layer-00001.safetensors"} == {
+        "hidden-2.bin",
+        "hidden-3.bin",
+        "hidden-4.bin",
+        "inputs.bin",
+        "outputs.bin",
+    }
+    work(dense, moe, domain, tmp_path / "stopped")
+    same_files(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_copies_are_left_as_they_are(dense: Path, domain: Domain, tmp_path: Path) -> None:
     moe = mixture(dense, "mixtral", method="upcycle")
     found = work(dense, moe, domain, tmp_path / "out")

@@ -232,7 +232,8 @@ def _needs(job: Job) -> tuple[int, int]:
     learning = max(config.batch_tokens, 1024) * job.num_experts * (4 * f // job.num_experts + 4 * d)
     memory = BASE_BYTES + size * (ends + dense_layer + passing) + 4 * (numbers(own(widest)) + learning)
     memory += 16 * numbers(learned[widest])  # gradient, two moments, and the bytes of the layer's file
-    states = 4 * job.text.num_tokens * d * size
+    waiting = 4 + (len(job.layers) < family.num_layers)  # hidden states that a stopped recovery would begin with
+    states = waiting * job.text.num_tokens * d * size
     files = sum(tensors[name].nbytes for keys in learned.values() for name in keys if name in tensors)
     written = sum(info.nbytes for info in tensors.values())
     return memory, states + files + written + (1 << 20)

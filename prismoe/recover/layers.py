@@ -80,9 +80,15 @@ class _Sweep:
         done = [layer for layer in layers if self.files[layer].is_file()]
         # A layer's file is written after the hidden states behind it: what a file stands for is whole.
         first = done[-1] + 1 if done else 0
-        hidden = self._states(f"hidden-{first}", made=True) if done else self._embed()
+        kept = hidden = self._states(f"hidden-{first}", made=True) if done else self._embed()
         for layer in range(first, layers[-1] + 1):
-            hidden = self._layer(layer, hidden)
+            after = self._layer(layer, hidden)
+            if hidden is not kept:
+                hidden.remove()
+            if layer in self.files:  # a dense layer leaves no file: what is before it is needed for another start
+                kept.remove()
+                kept = after
+            hidden = after
         hidden.remove()
 
     def _embed(self) -> States:
@@ -99,7 +105,7 @@ class _Sweep:
         after.flush()
         if ends:
             self._learn(layer, **ends)
-        for states in (hidden, *ends.values()):
+        for states in ends.values():
             states.remove()
         return after
 
