@@ -2,7 +2,8 @@
 
 Installed in a forked process (`processes.py`) before the command runs. A step is a write, rename, sync, truncation,
 removal or new folder below `folder`; threads and forked workers count in one order. At step N either half of a write
-is done or the step is not, and the whole process group is killed with SIGKILL.
+is done or the step is not, and the whole process group is killed with SIGKILL. Instead of that a step can fail, or
+meet a disk that is full by then (`scarce.py`).
 
 With a `journal`, what an fsync made durable is kept there: a file's bytes by its inode, a folder's names. `lose` then
 puts a folder into the state that a machine without power would find: only what was synced, names included.
@@ -25,7 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Counter", "Journal", "install"]
+__all__ = ["Counter", "Journal", "Meet", "install"]
+
+Meet = Callable[[int, str, str], None]
+"""Told the number, the name and the file of every step, and of every file made (no step of its own); may raise."""
 
 
 class Counter:
@@ -93,20 +97,26 @@ class Journal:
                 (folder / name).touch()
 
 
-def install(folder: Path, counter: Counter, *, at: int = 0, journal: Journal | None = None) -> None:
+def install(
+    folder: Path, counter: Counter, *, at: int = 0, journal: Journal | None = None, meet: Meet | None = None
+) -> None:
     """Watch this process from now on. `at` is the step to die at, 0 to count only. For a process that ends soon."""
     below = str(folder.resolve()) + os.sep
 
-    def ours(target: Any, directory: int | None = None) -> bool:
+    def named_by(target: Any, directory: int | None = None) -> str:
         if isinstance(target, int):
-            name = os.readlink(f"/proc/self/fd/{target}")
-        else:
-            start = os.readlink(f"/proc/self/fd/{directory}") if directory is not None else os.getcwd()
-            name = os.path.join(start, os.fsdecode(target))
-        return (name + os.sep).startswith(below)
+            return os.readlink(f"/proc/self/fd/{target}")
+        start = os.readlink(f"/proc/self/fd/{directory}") if directory is not None else os.getcwd()
+        return os.path.join(start, os.fsdecode(target))
 
-    def step(half: Callable[[], Any] | None = None) -> None:
-        if counter.add() == at:
+    def ours(target: Any, directory: int | None = None) -> bool:
+        return (named_by(target, directory) + os.sep).startswith(below)
+
+    def step(name: str, path: str, half: Callable[[], Any] | None = None) -> None:
+        number = counter.add()
+        if meet is not None:
+            meet(number, name, path)
+        if number == at:
             if half is not None:
                 half()
             os.killpg(os.getpgid(0), signal.SIGKILL)
@@ -117,7 +127,8 @@ def install(folder: Path, counter: Counter, *, at: int = 0, journal: Journal | N
 
         def watched(*args: Any, **named: Any) -> Any:
             if ours(args[0], named.get("dir_fd")):
-                step((lambda: real(args[0], args[1][: len(args[1]) // 2], *args[2:])) if half else None)
+                path = named_by(args[0], named.get("dir_fd"))
+                step(name, path, (lambda: real(args[0], args[1][: len(args[1]) // 2], *args[2:])) if half else None)
                 result = real(*args, **named)
                 if after is not None:
                     after(*args)
@@ -140,7 +151,7 @@ def install(folder: Path, counter: Counter, *, at: int = 0, journal: Journal | N
     class Watched(io.FileIO):
         def write(self, data: Any) -> int:
             view = memoryview(data).cast("B")
-            step(lambda: io.FileIO.write(self, view[: len(view) // 2]))
+            step("write", named_by(self.fileno()), lambda: io.FileIO.write(self, view[: len(view) // 2]))
             return super().write(data)
 
     real_open, real_os_open = io.open, os.open
@@ -150,6 +161,8 @@ def install(folder: Path, counter: Counter, *, at: int = 0, journal: Journal | N
         if not writes or isinstance(file, int) or named.get("opener") or not ours(file):
             return real_open(file, mode, buffering, *args, **named)
         fresh = not os.path.exists(file)
+        if meet is not None:
+            meet(counter.value, "create" if fresh else "open", named_by(file))
         raw = Watched(file, mode.replace("b", "").replace("t", ""))
         if fresh and journal is not None:
             journal.forget(raw.fileno())
@@ -160,7 +173,9 @@ def install(folder: Path, counter: Counter, *, at: int = 0, journal: Journal | N
         return buffer if "b" in mode else io.TextIOWrapper(buffer, *args, **named)
 
     def opened_low(path: Any, flags: int, *args: Any, **named: Any) -> int:
-        fresh = flags & os.O_CREAT and journal is not None and not os.path.exists(path)
+        fresh = flags & os.O_CREAT and not os.path.exists(path)
+        if meet is not None and flags & (os.O_WRONLY | os.O_RDWR) and ours(path, named.get("dir_fd")):
+            meet(counter.value, "create" if fresh else "open", named_by(path, named.get("dir_fd")))
         handle = real_os_open(path, flags, *args, **named)
         if fresh and journal is not None and ours(handle):
             journal.forget(handle)
