@@ -11,13 +11,14 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-engines torture check format wheel clean
+.PHONY: help demo test test-engines torture study check format wheel clean
 
 help:
 	@echo "make demo    set up and run the main job end to end on the embedded default"
 	@echo "make test    set up and run the whole test suite"
 	@echo "make test-engines  run conversions in llama.cpp and MLX (builds llama.cpp: half an hour)"
 	@echo "make torture kill, damage and mislead it: one table of what held (FULL=1: the long form)"
+	@echo "make study   every run of studies/ that is not done, then docs/study.md (hours; SIZE=large DEVICE=cuda)"
 	@echo "make check   ruff, mypy --strict, import floors, file sizes, public surface"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove the environments and caches"
@@ -59,6 +60,10 @@ test-engines: $(ENGINES)/.installed
 
 torture: $(BIN)/.installed-dev
 	$(BIN)/python -m tests.torture $(if $(FULL),--full,--minutes 15)
+
+study: $(BIN)/.installed-dev
+	$(BIN)/python -m studies.runner --parent $(or $(PARENT),studies/parent) --corpora $(or $(CORPORA),shared/corpora) \
+		--size $(or $(SIZE),small) --device $(or $(DEVICE),cpu)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check --quiet .

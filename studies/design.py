@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["BASE", "SIZES", "Job", "Question", "Setting", "Size", "jobs_of"]
+__all__ = ["BASE", "DENSE", "SEQ_LEN", "SIZES", "Changes", "Job", "Panel", "Question", "Setting", "Size", "jobs_of"]
+
+Changes = dict[str, Any]
 
 SEQ_LEN = 256
 PARENT_TOKENS = 61_440_000  # see studies/parent.py
@@ -150,8 +152,10 @@ def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job
         "max_epochs": size.max_epochs,
         **spec["pretrain"],
     }
-    if spec["pretrain"].get("mixing"):
+    if "mixing" in spec["pretrain"]:
         spec["pretrain"]["mixing_every_tokens"] = every * a_step
+    if "anneal" in (arguments := dict(spec["pretrain"].get("arguments", {}))):  # shares of the run
+        spec["pretrain"]["arguments"] = arguments | {"anneal": [round(part * steps) for part in arguments["anneal"]]}
     spec |= {"heldout_documents": size.heldout_documents, "calibration_tokens": size.calibration_tokens}
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
     return Job(key, seed, spec, steps * a_step * _relative_cost(spec), (name,))

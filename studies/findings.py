@@ -116,7 +116,8 @@ class Findings:
 
     def tokens_to(self, line: Line, share: float, *, start: float) -> list[float | None]:
         """Tokens until `share` of the gap from the loss `start` to the parent is closed, seed by seed; None: never."""
-        target, found = start - share * (start - self.parent_heldout), []
+        target = start - share * (start - self.parent_heldout)
+        found: list[float | None] = []
         for run in line.ended:
             losses, tokens = _metric(run, "heldout"), run["curve_tokens"]
             if losses[0] <= target:

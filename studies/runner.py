@@ -1,9 +1,8 @@
-"""Every run of the study that is not done yet, several at a time; then the results as small files.
+"""Every run of the study that is not done yet, several at a time; then results as small files, and docs/study.md.
 
 python -m studies.runner --dry-run                    # what it will take
 python -m studies.runner                              # hours; stopped, the same command goes on
 python -m studies.runner --size large --device cuda   # more tokens and seeds, on a GPU
-python -m studies.write                               # docs/study.md from the results
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,18 @@ from studies.design import SIZES, Job, Question, Size, jobs_of
 from studies.parent import DOMAINS
 from studies.text import prepare_text
 from studies.work import Places, calibration_of, measure_parent, run
+from studies.write import write
 
 __all__ = ["collect", "forecast", "study"]
 
 Say = Callable[[str], None]
 
 
-def study(asked: Sequence[Question], size: Size, places: Places, *, corpora: Path, say: Say = print) -> list[Job]:
-    """Run what is not done yet, and return all runs. A run that cannot be made is told at the end; the others go on.
+def study(asked: Sequence[Question], size: Size, places: Places, *, corpora: Path, say: Say = print) -> list[str]:
+    """Run what is not done yet. A run that cannot be made does not stop the others; returned is what it said.
 
     Raises:
-        InputError: no parent or no corpora, or runs that could not be made.
+        InputError: no parent or no corpora.
         InterruptedRun: stopped; the same call goes on.
     """
     jobs = jobs_of(asked, size, source=check_inputs(places.parent, corpora))
@@ -69,9 +71,7 @@ def study(asked: Sequence[Question], size: Size, places: Places, *, corpora: Pat
             loss = result["diverged"] or f"loss {_last(result):.3f}"
             took = f"{result['seconds']:.0f} s; {hours:.1f} h left"
             say(f"{count}/{len(jobs)}  {job.names[0]}, seed {job.seed}: {loss}, {took}")
-    if failed:
-        raise InputError(f"{len(failed)} runs could not be made", where="study", needed="all", hint=failed[0])
-    return jobs
+    return failed
 
 
 def check_inputs(parent: Path, corpora: Path) -> str:
@@ -151,8 +151,10 @@ def _results(
         for job in todo:
             yield job, _tried(job, places)
         return
-    # Workers are told of a signal by us: a run that is stopped saves its state.
-    with _stopping_children(), ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    # Ctrl-C reaches the workers too: what they are to do, save and stop, they are told once, by us.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    spawn = multiprocessing.get_context("spawn")
+    with _stopped_by_sigterm(), ProcessPoolExecutor(workers, spawn, signal.signal, ignore) as pool:
         futures: dict[Future[Any], Job] = {pool.submit(_tried, job, places): job for job in todo}
         try:
             for future in as_completed(futures):
@@ -174,8 +176,8 @@ def _tried(job: Job, places: Places) -> dict[str, Any] | PrismoeError:
 
 
 @contextmanager
-def _stopping_children() -> Iterator[None]:
-    """SIGTERM is as good as an interrupt here."""
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM is as good as Ctrl-C here."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -192,8 +194,7 @@ def _done(job: Job, places: Places) -> bool:
 
 
 def _last(result: dict[str, Any]) -> float:
-    losses = [values[-1] for values in result["heldout"].values()]
-    return sum(losses) / len(losses)
+    return statistics.fmean(losses[-1] for losses in result["heldout"].values())
 
 
 def main() -> int:
@@ -215,14 +216,14 @@ def main() -> int:
         if args.dry_run:
             print("\n".join(forecast(asked, size, places, source=source)))
             return 0
-        study(asked, size, places, corpora=args.corpora, say=lambda line: print(line, flush=True))
-        collect(
-            questions(),
-            size,
-            places,
-            source=source,
-            out=Path("studies/results") if args.size == "small" else folder / "results",
+        failed = study(asked, size, places, corpora=args.corpora, say=partial(print, flush=True))
+        results, docs = (
+            (Path("studies/results"), Path("docs")) if size.name == "small" else (folder / "results", folder)
         )
+        collect(questions(), size, places, source=source, out=results)
+        print(write(results, docs))
+        if failed:
+            raise InputError(f"{len(failed)} runs could not be made", where="study", needed="all", hint=failed[0])
     except PrismoeError as error:
         print(f"study: {error}", file=sys.stderr)
         return error.exit_code

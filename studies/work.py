@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -11,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import prismoe
 from prismoe.config.keys import wanted_statistics
@@ -27,6 +26,7 @@ from studies.text import domains_of
 __all__ = ["Places", "calibration_of", "measure_parent", "run"]
 
 RESULT = "result.json"
+WORSE = 1.0  # nats a token over the loss before training: diverged
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Places:
 
     parent: Path
     folder: Path
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def text(self) -> Path:
@@ -74,15 +74,17 @@ def run(job: Job, places: Places, *, on_progress: Progress = quiet) -> dict[str,
             name: [round(value, 3) for value in losses[0]]
             for name, losses in document_losses(trained.model, domains).items()
         }
-        result |= {"parameters": trained.parameters, "tokens": tokens_before + trained.tokens}
+        read = trained.steps * spec["pretrain"]["batch_size"] * SEQ_LEN
+        result |= {"parameters": trained.parameters, "tokens": tokens_before + read}
         result |= {"tokens_per_second": round(trained.tokens_per_second or 0), "runtime": trained.runtime}
         history = trained.weight_history
     except NumericalError as error:
         result |= {"diverged": error.found, "tokens": 0}
         tokens_before, history = 0, []
     result |= _curves(folder / "train" / "metrics.jsonl", job, tokens_before, history)
-    if not result["diverged"] and _mean(result["heldout"])[-1] > math.log(_vocabulary(places)):
-        result["diverged"] = "worse than guessing at the end"
+    losses = _mean(result["heldout"])
+    if not result["diverged"] and losses[-1] > losses[0] + WORSE:
+        result["diverged"] = f"from {losses[0]:.2f} to {losses[-1]:.2f}"
     result |= {"seconds": round(time.monotonic() - wall, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     result |= {"machine": _machine(places.device), "versions": versions()}
     write_json_atomic(folder / RESULT, result)
@@ -187,11 +189,9 @@ def _config(job: Job, places: Places) -> prismoe.PretrainConfig:
         settings["reference"] = measure_parent(places, eval_tokens=settings["eval_tokens"])["heldout"]
     if settings.get("teacher") == "parent":
         settings["teacher"] = str(places.parent)
-    plan = job.spec["plan"]
-    model = "dense" if not plan or job.spec["target"] == "dense" else "moe"
-    return prismoe.PretrainConfig(
-        model=model, seed=job.seed, device=places.device, threads=1, keep_memory=True, **settings
-    )
+    # A checkpoint now and then: a machine may go down in the long run.
+    settings |= {"seed": job.seed, "device": places.device, "threads": 1, "keep_memory": True, "save_every": 200}
+    return prismoe.PretrainConfig(**settings)
 
 
 def _curves(path: Path, job: Job, tokens_before: int, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -221,10 +221,6 @@ def _curves(path: Path, job: Job, tokens_before: int, history: list[dict[str, An
 def _mean(heldout: Mapping[str, list[float]]) -> list[float]:
     """The mean over domains, evaluation by evaluation."""
     return [sum(losses) / len(losses) for losses in zip(*heldout.values(), strict=True)]
-
-
-def _vocabulary(places: Places) -> int:
-    return int(json.loads((places.parent / "config.json").read_bytes())["vocab_size"])
 
 
 def _machine(device: str) -> str:

@@ -1,8 +1,8 @@
 """How the neurons are shared out among the experts, and what the routers start from."""
 
-from studies.design import Panel, Question, Setting
+from studies.design import Changes, Panel, Question, Setting
 
-METHODS = {
+METHODS: dict[str, Changes] = {
     "random": {},
     "clustering": {"plan.method": "clustering"},
     "coactivation": {"plan.method": "coactivation"},

@@ -1,8 +1,8 @@
 """The factor on the routed output: none, each rule, folded into down_proj or beside it while training."""
 
-from studies.design import Panel, Question, Setting
+from studies.design import Changes, Panel, Question, Setting
 
-HALF = {
+HALF: dict[str, Changes] = {
     "E/K (paper)": {},
     "E/K, folded": {"pretrain.unfold_scale": False},
     "none": {"plan.scale": "none"},
@@ -11,7 +11,7 @@ HALF = {
     "norm": {"plan.scale": "norm"},
     "measured": {"plan.scale": "measured"},
 }
-QUARTER = {name: {**HALF[name], "plan.top_k": 2} for name in ("E/K (paper)", "none", "measured")}
+QUARTER: dict[str, Changes] = {name: {**HALF[name], "plan.top_k": 2} for name in ("E/K (paper)", "none", "measured")}
 
 QUESTION = Question(
     name="rescaling",

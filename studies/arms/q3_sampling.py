@@ -1,9 +1,9 @@
 """Which domains the text comes from: static weights, and weights that follow the held-out losses."""
 
-from studies.design import Panel, Question, Setting
+from studies.design import Changes, Panel, Question, Setting
 
 DYNAMIC = {"pretrain.mixing": "sheared", "pretrain.reference": "parent"}
-WEIGHTS = {
+WEIGHTS: dict[str, Changes] = {
     "static LLaMA-1": {"weights": "llama1"},
     "static Sheared": {"weights": "sheared-llama"},
     "dynamic from LLaMA-1": {"weights": "llama1", **DYNAMIC},

@@ -1,8 +1,8 @@
 """What keeps the experts in use."""
 
-from studies.design import Panel, Question, Setting
+from studies.design import Changes, Panel, Question, Setting
 
-POLICIES = {
+POLICIES: dict[str, Changes] = {
     "none": {"pretrain.router": "switch", "pretrain.arguments": {"coefficient": 0.0}},
     "switch": {},
     "noisy top-k": {"pretrain.router": "noisy_topk"},

@@ -1,0 +1,43 @@
+"""Ways back to the parent's loss from few tokens."""
+
+from studies.design import Changes, Panel, Question, Setting
+
+FITTED = {"plan.router": "regressed", "plan.scale": "measured"}  # what can be had before any training
+RECOVERED = {"recover": {"tokens": 98_304}}  # counted as tokens of the run
+TAUGHT = {"pretrain.teacher": "parent"}
+ALL_ON = {"pretrain.router": "dense_mi", "pretrain.arguments": {"anneal": (0.0, 0.5)}}  # until half of the run
+WAYS: dict[str, Changes] = {
+    "plain": {},
+    "fitted start": FITTED,
+    "recover": RECOVERED,
+    "recover, routers only": {"recover": {"tokens": 98_304, "train": "router"}},
+    "distillation": TAUGHT,
+    "distillation alone": {**TAUGHT, "pretrain.text_weight": 0.0},
+    "dense_mi": ALL_ON,
+    "sparsemixer2": {"pretrain.router": ("sparsemixer2", "switch")},
+    "fitted start, distillation": {**FITTED, **TAUGHT},
+    "recover, distillation": {**RECOVERED, **TAUGHT},
+    "fitted start, recover, distillation": {**FITTED, **RECOVERED, **TAUGHT},
+    "dense_mi, distillation": {**ALL_ON, **TAUGHT},
+}
+BEST = "fitted start, recover, distillation"
+LONG = f"{BEST}: long"
+
+QUESTION = Question(
+    name="recovery",
+    title="Recovery: tokens to close the gap to the parent",
+    paper="none of its figures: it spent 200 billion tokens",
+    about="50 % of the FFN active. The gap is from the plain mixture before training to the parent, for all alike; "
+    "tokens that `recover` reads count. The last row is the long run: 5 % of what the parent was trained on.",
+    settings=(
+        *(Setting(name, {"tokens": 2.0, "evals": 24, **changes}) for name, changes in WAYS.items()),
+        Setting(LONG, {"tokens": "headline", "evals": 24, **WAYS[BEST]}),
+    ),
+    panels=(
+        Panel("one way each", "closed", ("plain", "fitted start", "recover", "recover, routers only", "distillation",
+                                         "dense_mi", "sparsemixer2")),
+        Panel("together", "closed", ("plain", "distillation alone", "fitted start, distillation",
+                                     "recover, distillation", "dense_mi, distillation", BEST)),
+        Panel("the long run", "closed", (LONG,)),
+    ),
+)  # fmt: skip
