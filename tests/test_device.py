@@ -7,7 +7,7 @@ import torch
 
 from prismoe.errors import NumericalError, ResourceError
 from prismoe.room import available_memory, require_room
-from prismoe.train.device import matmul_kernel, num_threads
+from prismoe.train.device import matmul_kernel, num_threads, seed_draws
 
 
 def test_threads_are_put_back():
@@ -53,3 +53,12 @@ def test_room(tmp_path):
         with pytest.raises(ResourceError, match=r"of memory available; needed about 1000000000\.0 GB"):
             require_room(out, disk_bytes=1, memory_bytes=10**18)
     assert not out.exists()
+
+
+def test_seeded_draws_are_those_of_torch():
+    for seed in (0, 7, 2**63 - 1):
+        torch.manual_seed(seed)
+        wanted = torch.randn(5)
+        seed_draws(seed, torch.device("cpu"))
+        assert torch.equal(torch.randn(5), wanted)
+        assert torch.initial_seed() == seed

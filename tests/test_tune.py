@@ -263,7 +263,7 @@ def test_a_balance_loss_that_is_off_is_told(source, data, tmp_path, monkeypatch)
     with pytest.raises(NumericalError, match="step 1: the router policy's loss is 0 although it was asked for"):
         tune(source, tiny_config(data), out=tmp_path / "out")
     monkeypatch.undo()
-    config = tiny_config(data, epochs=1, batch_size=40, router="switch", arguments={"coefficient": 0.0})
+    config = tiny_config(data, epochs=1, router="switch", arguments={"coefficient": 0.0})
     receipt = tune(source, config, out=tmp_path / "off")
     assert receipt.warnings[0].startswith("no balance loss")
 

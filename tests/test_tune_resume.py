@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -24,7 +24,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     data = conversations(tmp_path_factory.mktemp("data") / "talk.jsonl")
-    return tiny_config(data, packing=True, batch_size=4, save_every=3)
+    return tiny_config(data, packing=True, batch_size=4, micro_batch_size=2, save_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,24 @@ def unstopped(source, config, tmp_path_factory):
     return contents(out), receipt.steps
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_stopped_by_a_signal_in_both_epochs(source, config, unstopped, tmp_path, lora_rank):
+def test_stopped_by_a_signal_in_both_epochs(source, config, unstopped, tmp_path):
     out, steps = tmp_path / "out", unstopped[1]
-    config = tiny_config(**{**asdict(config), "lora_rank": lora_rank})
     for at in (1, steps // 2 + 1):
         with pytest.raises(InterruptedRun, match=f"stopped by SIGTERM after step {at} of {steps}"):
             tune(source, config, out=out, on_progress=SignalAt(signal.SIGTERM, "tune step", at))
         assert not (out / "model").exists()
     assert tune(source, config, out=out).resumed_from == steps // 2 + 1
-    if lora_rank:
-        tune(source, config, out=tmp_path / "whole")
-    assert contents(out) == (contents(tmp_path / "whole") if lora_rank else unstopped[0])
+    assert contents(out) == unstopped[0]
+
+
+def test_adapters_go_on_where_they_stopped(source, config, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    config = replace(config, lora_rank=2, epochs=1)
+    with pytest.raises(InterruptedRun, match="stopped by max_steps after step 2 of"):
+        tune(source, replace(config, max_steps=2), out=out)
+    assert tune(source, config, out=out).resumed_from == 2
+    tune(source, config, out=whole)
+    assert contents(out) == contents(whole)
 
 
 KILLED = """

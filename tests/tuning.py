@@ -26,7 +26,7 @@ def conversations(path: Path, *, count: int = 40) -> Path:
 def tiny_config(data: Path, **changes: Any) -> TuneConfig:
     """Some ten steps on the CPU, of one thread."""
     settings: dict[str, Any] = {
-        **{"data": str(data), "template": "vicuna_v1_1", "seq_len": 128, "batch_size": 8, "micro_batch_size": 2},
+        **{"data": str(data), "template": "vicuna_v1_1", "seq_len": 128, "batch_size": 8, "micro_batch_size": 4},
         **{"epochs": 2, "lr": 1e-3, "heldout": 0.1, "threads": 1, "device": "cpu"},
     }
     return TuneConfig(**{**settings, **changes})

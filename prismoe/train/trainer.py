@@ -11,6 +11,7 @@ import torch
 
 from prismoe.data.mixture import Batch, Mixture
 from prismoe.train.alarms import ExpertAlarms
+from prismoe.train.device import seed_draws
 from prismoe.train.engine import Engine
 from prismoe.train.head import text_loss
 from prismoe.train.health import Health
@@ -66,7 +67,7 @@ class Trainer:
         """
         config, engine = self.config, self.engine
         engine.at("reading the batch", step + 1)
-        torch.manual_seed(_step_seed(config.seed, step))
+        seed_draws(_step_seed(config.seed, step), engine.device)
         rate = learning_rate(
             step, steps=config.steps, peak=config.lr, warmup_steps=config.warmup_steps, min_ratio=config.min_lr_ratio
         )

@@ -26,6 +26,7 @@ from prismoe.errors import NumericalError
 from prismoe.folder import write_atomic
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
+from prismoe.train.device import seed_draws
 from prismoe.train.engine import Engine
 from prismoe.train.metrics import MetricsLog
 from prismoe.train.routers import Moment, Policy, Router
@@ -254,7 +255,8 @@ class _Between(TrainerCallback):  # type: ignore[misc]
         self.tuner = tuner
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        torch.manual_seed((self.tuner.work.config.seed * 0x9E3779B97F4A7C15 + state.global_step) % 2**63)
+        work = self.tuner.work
+        seed_draws((work.config.seed * 0x9E3779B97F4A7C15 + state.global_step) % 2**63, work.engine.device)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tuner.finished_step()
