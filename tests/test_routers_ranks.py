@@ -53,7 +53,7 @@ def outcome(name, rank, world):
         policy.begin(Moment(0, 0, torch.arange(TOKENS)[rows], 12))
         outputs = [router.module(hidden_TD[rows]) for router in routers]
         loss = policy.loss()
-        text = sum((output[1] * torch.arange(1.0, 3.0)).sum() for output in outputs) / TOKENS
+        text = sum((output[1] * torch.arange(1.0, 1.0 + output[1].shape[1])).sum() for output in outputs) / TOKENS
         (text + loss / world).backward()  # as the trainer: each process has its share of the tokens
         parameters = [*(router.module.weight for router in routers), *policy.parameters().values()]
         for parameter in parameters:
@@ -73,6 +73,8 @@ def jobs():
         "together": ("mixtral", everything, {"warmup": {"router_steps": 1}, "bias_balanced": {"rate": 0.02}}),
         "around": ("mixtral", ("frozen", "balanced", "switch"), {}),
         "parameter": ("ernie4_5_moe", ("switch", "bias_balanced"), {"bias_balanced": {"rate": 0.02}}),
+        "dense": ("mixtral", ("dense_mi", "switch", "capacity"), {"dense_mi": {"anneal": (0, 2)}}),
+        "sampled": ("mixtral", ("sparsemixer2", "switch"), {"sparsemixer2": {"jitter": 0.3}}),
         "buffer": ("glm4_moe", ("switch", "bias_balanced"), {"bias_balanced": {"rate": 0.02}}),
     }
 
@@ -173,6 +175,10 @@ def test_runs_of_two_processes_stopped_and_continued_are_those_of_one(base, rank
     if name == "together":
         assert trained.router == " + ".join(jobs()[name][1])
         assert 0 < logs[1][2]["capacity.dropped"] < 1
+    if name == "dense":
+        assert [line["dense_mi.experts_on"] for line in logs[1][1:-1]] == [6.0, 4.0, 2.0]
+    if name == "sampled":
+        assert 0 < logs[1][2]["sparsemixer2.explored"] < 1
 
 
 def test_a_bias_trained_from_the_config_alone_is_saved_in_float32(base):

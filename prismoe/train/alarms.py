@@ -96,6 +96,15 @@ def warnings_of(
     prefix = "" if isinstance(router, str) else "bias_balanced."
     if moved := last_step.get(f"{prefix}moved"):
         found.append(f"the saved model routes without the bias: {moved:.1%} of assignments go to other experts")
+    prefix = "" if isinstance(router, str) else "dense_mi."
+    if unlike := last_step.get(f"{prefix}layers_not_dense"):
+        found.append(
+            f"{unlike:.0f} mixture layers with all experts on are not the dense layers: "
+            "their plan is not known, holds neurons unevenly or changes them"
+        )
+    if last_step.get(f"{prefix}share_dense"):
+        on = last_step[f"{prefix}experts_on"]
+        found.append(f"the run ended with {on:.1f} experts on; the saved model keeps fewer")
     prefix = "" if isinstance(router, str) else "capacity."
     if (dropped := last_step.get(f"{prefix}dropped", 0.0)) > _MUCH_DROPPED:
         found.append(f"{dropped:.0%} of assignments were dropped in the last step: their experts were full")

@@ -7,7 +7,8 @@ Per device and in bytes, for P parameters sharded over s processes of a copy (r 
 - gathered: the largest two groups that are whole at a time (a layer and the one fetched ahead), in the dtype of the
   computation.
 - activations of a layer and token: 4 D + 2 (heads + kv heads) · head size of attention and norms, and K (2 D + 3 W) of
-  the experts or 3 F of a dense FFN, in the dtype of the computation. With recompute D a layer, and one layer in full.
+  the experts (the most of them that router policies send a token to) or 3 F of a dense FFN, in the dtype of the
+  computation. With recompute D a layer, and one layer in full.
 - logits: 3 · V · 4 a token (what is returned, in float32, and its gradient), of the tokens that `logits` takes at once.
 - a teacher: 4 P/s for its P weights, the largest two of its groups gathered, and as many logits again.
 - of the host, while a checkpoint is written beside training: 12 P/s for the copy of weights and moments and as much
@@ -25,9 +26,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prismoe.train.engine.layout import Layout
+from prismoe.train.fit import num_experts
 from prismoe.train.launch import launch_lines
 from prismoe.train.logits import logit_bytes
 from prismoe.train.model import empty_model
+from prismoe.train.routers import arguments_of, experts_of_run
 from prismoe.train.settings import PretrainConfig
 from prismoe.train.speed import flops_per_token, hardware_peak
 
@@ -103,16 +106,17 @@ def forecast(
     tokens = at_once * config.seq_len
     groups = _groups(model, layout)
     gathered = sum(sorted(groups)[-2:]) * item if layout.shard > 1 else 0
-    activations = _activations(model.config, config, tokens, item)
+    most, mean = _experts(model.config, config)
+    activations = _activations(model.config, config, tokens, item, top_k=most)
     logits = logit_bytes(tokens, model.config.vocab_size, taught=teacher is not None)
-    per_token = flops_per_token(model, seq_len=config.seq_len)
-    sent, taught = _sent(model, layout, micro_batches=micro_batches, tokens=tokens, item=item), 0
+    per_token = flops_per_token(model, seq_len=config.seq_len, top_k=mean)
+    sent, taught = _sent(model, layout, micro_batches=micro_batches, tokens=tokens, item=item, top_k=most), 0
     if teacher is not None:
         frozen = empty_model(teacher, where="the teacher")
         taught = MASTER * sum(layout.held(parameter.shape) for parameter in frozen.parameters())
         taught += sum(sorted(_groups(frozen, layout))[-2:]) * item if layout.shard > 1 else 0
         per_token += flops_per_token(frozen, seq_len=config.seq_len) / 3  # no backward pass
-        more = _sent(frozen, layout, micro_batches=micro_batches, tokens=tokens, item=item)
+        more = _sent(frozen, layout, micro_batches=micro_batches, tokens=tokens, item=item, top_k=0)
         sent |= {"all_gather": sent["all_gather"] + more["all_gather"] // 2}
     memory = MASTER * 4 * held + gathered + activations + logits + taught
     rate = layout.world * hardware_peak(config.hardware) * ASSUMED_MFU / per_token if config.hardware else None
@@ -161,10 +165,18 @@ def _groups(model: Any, layout: Layout) -> list[int]:
     return list(found.values())
 
 
-def _activations(shape: Any, config: PretrainConfig, tokens: int, item: int) -> int:
+def _experts(shape: Any, config: PretrainConfig) -> tuple[int, float]:
+    """To how many experts a token is sent: at most, and on average over the run; 0 in a dense model."""
+    top_k, experts = getattr(shape, "num_experts_per_tok", 0) or 0, num_experts(shape.to_dict())
+    if not experts:
+        return top_k, top_k
+    own = arguments_of(config.router, config.arguments)
+    return experts_of_run(config.router, own, steps=config.steps, num_experts=experts, top_k=top_k)
+
+
+def _activations(shape: Any, config: PretrainConfig, tokens: int, item: int, *, top_k: int) -> int:
     hidden, heads = shape.hidden_size, shape.num_attention_heads
     head_dim = getattr(shape, "head_dim", None) or hidden // heads
-    top_k = getattr(shape, "num_experts_per_tok", 0) or 0
     width = getattr(shape, "moe_intermediate_size", None) or shape.intermediate_size
     shared = getattr(shape, "shared_expert_intermediate_size", 0) or getattr(shape, "shared_intermediate_size", 0) or 0
     attention = 4 * hidden + 2 * (heads + shape.num_key_value_heads) * head_dim
@@ -175,7 +187,7 @@ def _activations(shape: Any, config: PretrainConfig, tokens: int, item: int) -> 
     return int(tokens * numbers * item)
 
 
-def _sent(model: Any, layout: Layout, *, micro_batches: int, tokens: int, item: int) -> dict[str, int]:
+def _sent(model: Any, layout: Layout, *, micro_batches: int, tokens: int, item: int, top_k: int) -> dict[str, int]:
     """Bytes that a process sends in a step, by collective."""
     dense = sum(p.numel() for p in model.parameters() if p.ndim < 3 or layout.experts == 1)
     apart = sum(p.numel() for p in model.parameters()) - dense
@@ -183,7 +195,7 @@ def _sent(model: Any, layout: Layout, *, micro_batches: int, tokens: int, item: 
     cut = dense * (shard - 1) // shard + apart // layout.experts * (between - 1) // between
     held = dense // shard + apart // layout.experts // between
     shape = model.config
-    moved = tokens * (getattr(shape, "num_experts_per_tok", 0) or 0) * shape.hidden_size * shape.num_hidden_layers
+    moved = tokens * top_k * shape.hidden_size * shape.num_hidden_layers
     return {
         "all_gather": 2 * micro_batches * cut * item,
         "reduce_scatter": micro_batches * cut * MASTER,

@@ -15,6 +15,7 @@ from prismoe.plan import Plan
 from prismoe.progress import Progress
 from prismoe.train import checkpoints
 from prismoe.train.alarms import in_short
+from prismoe.train.allon import all_on
 from prismoe.train.drift import ExpertDrift
 from prismoe.train.engine import Engine
 from prismoe.train.health import Health
@@ -77,6 +78,8 @@ def train(
         UsageError: moved weights have used a domain up; the state is saved, and a larger `max_epochs` goes on.
     """
     with watch(model) as routers, unfolded(model, routers, unfolding(plan, model, routers, config.unfold_scale)):
+        for router, known in zip(routers, all_on(plan, model, routers), strict=True):
+            router.all_on = known
         policy = attach_policy(config.router, routers, arguments=config.arguments, all_reduce=engine.sum_with_gradient)
         optimizer = adamw([*model.parameters(), *policy.parameters().values()], config)
         health = Health(spike=config.spike, limit=config.skip_limit, rollbacks=config.rollbacks)

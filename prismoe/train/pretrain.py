@@ -29,7 +29,7 @@ from prismoe.train.fit import check_fit, check_room, check_teacher
 from prismoe.train.metrics import read_metrics
 from prismoe.train.origin import Origin
 from prismoe.train.recorded import as_recorded, differences
-from prismoe.train.routers import arguments_of
+from prismoe.train.routers import arguments_of, check_steps
 from prismoe.train.settings import MAY_CHANGE, PretrainConfig
 from prismoe.train.stopping import StopRequest, stop_on_signal
 
@@ -118,6 +118,7 @@ def pretrain(
     """
     out = Path(out)
     config = replace(config, arguments=arguments_of(config.router, config.arguments))
+    check_steps(config.router, config.arguments, steps=config.steps)
     checkpoint = Checkpoint.open(source, offline=offline)
     opened = [domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains]
     mixture = Mixture(

@@ -60,10 +60,12 @@ def hardware_peak(name: str) -> float:
     return peak
 
 
-def flops_per_token(model: Any, *, seq_len: int) -> float:
-    """Model FLOPs of one token of training, see above. `model` may be on the meta device or sharded."""
+def flops_per_token(model: Any, *, seq_len: int, top_k: float | None = None) -> float:
+    """Model FLOPs of one token of training, see above. `model` may be on the meta device or sharded; `top_k` is how
+    many experts a token is sent to where that is not what its config says."""
     config = model.config
-    top_k = getattr(config, "num_experts_per_tok", 0) or 0
+    if top_k is None:
+        top_k = getattr(config, "num_experts_per_tok", 0) or 0
     embedding = model.get_input_embeddings().weight
     products = 0.0
     for parameter in model.parameters():

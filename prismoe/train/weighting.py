@@ -31,9 +31,13 @@ class Weighting:
         wide_TE = at_least_float32(logits_TE)
         return torch.sigmoid(wide_TE) if self.sigmoid else torch.softmax(wide_TE, dim=-1)
 
-    def weights(self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> torch.Tensor:
-        """Weights of the `chosen` experts [T, K], in at least float32."""
+    def weights(
+        self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor, parts_K: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Weights of the `chosen` experts [T, K], in at least float32; with `parts` only those of the scores count."""
         kept_TK = self.scores(logits_TE).gather(1, chosen_TK)
+        if parts_K is not None:
+            kept_TK = kept_TK * parts_K.to(kept_TK.dtype)
         if self.renormalised:
             # The sum underflows where every kept logit is far below the greatest; that is how the stock class has it.
             kept_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(kept_TK.dtype).tiny)

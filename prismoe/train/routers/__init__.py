@@ -19,7 +19,20 @@ from prismoe.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AllReduce", "Change", "Moment", "Policy", "Routed", "Router", "arguments_of", "attach_policy", "identity"]
+__all__ = [
+    "AllOn",
+    "AllReduce",
+    "Change",
+    "Moment",
+    "Policy",
+    "Routed",
+    "Router",
+    "arguments_of",
+    "attach_policy",
+    "check_steps",
+    "experts_of_run",
+    "identity",
+]
 
 _T = TypeVar("_T")
 
@@ -65,6 +78,14 @@ class Routed:
     chosen_TK: torch.Tensor
 
 
+@dataclass(frozen=True)
+class AllOn:
+    """The weight under which all experts of a layer together are its dense FFN, or are nearest to it."""
+
+    weight: float
+    exact: bool = True
+
+
 @dataclass(eq=False)
 class Router:
     """One stock router while it is watched: what it said in the latest forward pass.
@@ -72,7 +93,7 @@ class Router:
     `logits_TE` are the stock router's raw logits with their graph; `chosen_TK` and `weights_TK` are what the experts
     got. `changes` are called in order, in training mode only. `learns` is false for a router that is meant to stay,
     `estimated` true where its gradient does not come from what the weights depend on. `factor` multiplies the weights
-    on their way to the experts, in either mode (see `train.unfold`).
+    on their way to the experts, in either mode (see `train.unfold`). `all_on` is known where a plan is.
     """
 
     name: str
@@ -83,6 +104,7 @@ class Router:
     learns: bool = True
     estimated: bool = False
     factor: float = 1.0
+    all_on: AllOn | None = None
     _logits: torch.Tensor | None = None
     _latest: Routed | None = None
 
@@ -242,6 +264,34 @@ def arguments_of(name: str | Sequence[str], arguments: Mapping[str, Any]) -> dic
             hint="with several policies, each one's arguments are a mapping under its name",
         )
     return {one: arguments_of(one, arguments.get(one, {})) for one in name}
+
+
+def check_steps(name: str | Sequence[str], arguments: Mapping[str, Any], *, steps: int) -> None:
+    """A policy that leaves the model's own routing must have come back to it within the run.
+
+    Raises:
+        UsageError: its schedule ends after the last of so many steps.
+    """
+    for module, own in _modules(name, arguments):
+        if hasattr(module, "check_steps"):
+            module.check_steps(steps, **own)
+
+
+def experts_of_run(
+    name: str | Sequence[str], arguments: Mapping[str, Any], *, steps: int, num_experts: int, top_k: int
+) -> tuple[int, float]:
+    """To how many experts a token is sent in a run of so many steps: at most, and on average."""
+    found = [(top_k, float(top_k))]
+    for module, own in _modules(name, arguments):
+        if hasattr(module, "experts_of_run"):
+            found.append(module.experts_of_run(steps, num_experts=num_experts, top_k=top_k, **own))
+    return max(found)
+
+
+def _modules(name: str | Sequence[str], arguments: Mapping[str, Any]) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Each policy's file and its own arguments."""
+    each = {name: arguments} if isinstance(name, str) else {one: arguments.get(one, {}) for one in name}
+    return [(registry.load(__name__, one, where="pretrain.router"), own) for one, own in each.items()]
 
 
 def attach_policy(

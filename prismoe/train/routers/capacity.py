@@ -125,7 +125,7 @@ class Capacity(Policy):
                 routed.chosen_TK,
                 group_T=torch.div(numbers_T, size, rounding_mode="floor"),
                 num_experts=router.num_experts,
-                capacity=math.ceil(self._factor * size * router.top_k / router.num_experts),
+                capacity=math.ceil(self._factor * size * routed.chosen_TK.shape[1] / router.num_experts),
                 priority_TK=priority_TK,
             )
             self._kept[layer] = kept_TK
