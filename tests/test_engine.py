@@ -1,6 +1,8 @@
 """Steps that are left out, runs that go back, stop early or for a while, and processes that stand still."""
 
 import json
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -185,3 +187,31 @@ def test_a_store_that_goes_with_rank_0_is_told_by_the_watchdog():
     dog.stop()
     assert said[0].startswith("step 7: rank 0, or the launcher, which keep the places of all, do not answer for")
     assert "rank 1, which waits in 'backward'" in said[0]
+
+
+def test_a_store_that_stands_still_with_rank_0_is_told_by_the_watchdog():
+    """Its kernel keeps the connection: an answer would be waited for without end."""
+    from torch.distributed import TCPStore
+
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(writer, str(server.port).encode())
+            signal.pause()
+        finally:
+            os._exit(0)
+    client = TCPStore("127.0.0.1", int(os.read(reader, 9)), is_master=False)
+    said, told = [], threading.Event()
+    dog = Watchdog(client, rank=1, world=2, timeout=0.4, give_up=lambda line: (said.append(line), told.set()))
+    dog.note(7, "backward")
+    os.kill(process, signal.SIGSTOP)
+    dog.start()
+    try:
+        assert told.wait(60)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    dog.stop()
+    assert said[0].startswith("step 7: rank 0, or the launcher, which keep the places of all, do not answer for")

@@ -66,17 +66,17 @@ class Engine:
         # torchrun keeps one store through restarts: processes must not read the addresses of those before them.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"prismoe/{attempt}/{next(_STARTED)}", _store(rank, world, timeout))
+        # A collective waits longer than the watchdog takes to tell, who knows more: after 1.6 timeouts at most.
+        patience = timedelta(seconds=3 * timeout)
         try:
-            distributed.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=2 * timeout)
-            )
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
         except (RuntimeError, ValueError) as error:
             raise ResourceError(f"no process group ({_first_line(error)})", where=f"rank {rank}") from error
         watchdog = Watchdog(store, rank=rank, world=world, timeout=timeout)
         engine = cls(layout, rank=rank, device=place, watchdog=watchdog)
         # Flags and barriers travel between hosts: they never wait for a device.
-        engine.control = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        engine._beside = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        engine.control = distributed.new_group(backend="gloo", timeout=patience)
+        engine._beside = distributed.new_group(backend="gloo", timeout=patience)
         watchdog.start()
         finished = False
         try:

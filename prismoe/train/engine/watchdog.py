@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from prismoe.errors import ResourceError
@@ -49,17 +50,29 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._timeout / 8):
-            try:
+            with suppress(RuntimeError):  # whoever holds the store is gone
                 self._publish()
-                stood = time.monotonic() - self._since
-                if stood > self._timeout and not self._stop.is_set():
-                    self._give_up(str(behind(self._places(), me=self._rank, stood=stood, now=time.time())))
-                    return
-            except (RuntimeError, ValueError):  # whoever holds the store is gone or stands still
-                stood = time.monotonic() - self._since
-                if stood > self._timeout and not self._stop.is_set():
-                    self._give_up(str(self._no_store(stood)))
-                    return
+            if time.monotonic() - self._since <= self._timeout:
+                continue
+            places, stood = self._asked(), time.monotonic() - self._since
+            if stood > self._timeout and not self._stop.is_set():
+                now = time.time()
+                told = behind(places, me=self._rank, stood=stood, now=now) if places else self._no_store(stood)
+                self._give_up(str(told))
+                return
+
+    def _asked(self) -> dict[int, dict[str, Any]]:
+        """Where all are; empty when the store does not say: that of a process which stands still never does."""
+        found: dict[int, dict[str, Any]] = {}
+
+        def ask() -> None:
+            with suppress(RuntimeError, ValueError):
+                found.update(self._places())
+
+        asking = threading.Thread(target=ask, name="watchdog asks", daemon=True)
+        asking.start()
+        asking.join(self._timeout / 2)
+        return dict(found)
 
     def _no_store(self, stood: float) -> ResourceError:
         return ResourceError(
