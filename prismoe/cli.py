@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from prismoe.errors import InterruptedRun, PrismoeError, ResourceError, UsageError
+from prismoe.errors import InputError, InterruptedRun, PrismoeError, ResourceError, UsageError
 from prismoe.verbs import chatting, experts, filters, folders, machine, mixing, routing, show, stages, tuning
 from prismoe.verbs.job import Job
 
@@ -237,8 +237,8 @@ def _main(argv: list[str]) -> int:
         # The reader has gone (| head); Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
+    except BaseException as error:
+        if debug or not (isinstance(error, Exception | KeyboardInterrupt) or _panic(error)):
             raise
         return _tell(_with_command(_for_people(error), argv), as_json=as_json)
 
@@ -272,6 +272,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RESOURCES = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
+def _panic(error: BaseException) -> bool:
+    """A failure below Python: no `Exception`, and of a class that every library makes for itself."""
+    return type(error).__name__ == "PanicException"
+
+
 def _for_people(error: BaseException) -> PrismoeError:
     """Every exception as the one line that it deserves."""
     if isinstance(error, PrismoeError):
@@ -287,6 +292,8 @@ def _for_people(error: BaseException) -> PrismoeError:
     if isinstance(error, MemoryError | OSError | RuntimeError) and (found := exhausted(error)):
         return found
     text = " ".join(str(error).split())[:300]
+    if _panic(error):
+        return InputError(f"failed below Python ({text})", where="a library", hint="is a tokenizer.json damaged?")
     return PrismoeError(f"{type(error).__name__}: {text}", where="internal error", hint="--debug shows where")
 
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.tensorfile import header_bytes, read_header
 from prismoe.errors import InputError
+from prismoe.plan import make_plan
 from tests.handmade import CONFIG, SIDE, handmade, weights
 from tests.tiny import tiny_dense
 
@@ -297,3 +298,10 @@ def test_a_dtype_that_the_config_does_not_name_is_the_tensors(tmp_path: Path) ->
         json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
     )
     assert named == Checkpoint.open(source).family.dtype == "bfloat16"
+
+
+def test_a_config_that_is_not_the_weights_is_refused_before_planning(tmp_path: Path) -> None:
+    handmade(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 2**31 - 1}))
+    with pytest.raises(InputError, match=r"lm_head\.weight: shape \[32, 16\]; needed \[2147483647, 16\]|embed_tokens"):
+        make_plan(tmp_path, num_experts=4)

@@ -13,6 +13,7 @@ from prismoe.errors import InputError
 from prismoe.tune.conversations import Conversation, Message
 from prismoe.tune.guard import Guard
 from prismoe.tune.render import open_template, render, render_all
+from tests.bombs import BOMBS
 from tests.chats import TURNS
 from tests.tiny import tiny_tokenizer
 
@@ -69,35 +70,10 @@ def test_templates_that_cannot_teach(tiny: PreTrainedTokenizerFast, tmp_path: Pa
     assert "\x1b" not in str(caught.value)
 
 
-BOMBS = {
-    "loops": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "2 s of processor time",
-    ),
-    "power": ("{{ 10 ** (10 ** 10) }}", "2 s of processor time|512 MiB of memory"),
-    "length": ("{{ 'a' * 10 ** 9 }}", "512 MiB of memory"),
-    "doubling": (
-        "{% set n = namespace(v='ab') %}{% for i in range(99) %}{% set n.v = n.v + n.v %}{% endfor %}",
-        "512 MiB of memory",
-    ),
-    "size": ("{% for i in range(99999) %}{{ 'abcdefghij' * 100 }}{% endfor %}", "16 million characters"),
-    "width": ("{{ '%999999999d' % 1 }}", "512 MiB of memory"),
-    "range": ("{{ range(10 ** 9) | list }}", "Range too big"),
-    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion without an end"),
-    "nesting": ("{{" + "(" * 9999 + "1" + ")" * 9999 + "}}", "recursion without an end"),
-    "class": ("{{ ''.__class__.__mro__ }}", "forbidden in a template"),
-    "globals": ("{{ cycler.__init__.__globals__ }}", "forbidden in a template"),
-    "format": ("{{ '{0.__class__.__mro__}'.format(1).x.y }}", "forbidden in a template|undefined"),
-    "change": ("{{ messages.append(1) }}", "forbidden in a template"),
-    "include": ("{% include '/etc/passwd' %}", "refused by the template"),
-    "draws": ("{{ lipsum() }}", "'lipsum' is undefined"),
-}
-
-
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_one_line(tiny: PreTrainedTokenizerFast, name: str) -> None:
     tiny.chat_template, told = BOMBS[name]
-    with pytest.raises(InputError, match=f"template model: .*({told})") as caught:
+    with pytest.raises(InputError, match=f"template model of .*tokenizer: .*({told})") as caught:
         open_template("model", tokenizer=tiny)
     assert "\n" not in str(caught.value)
 

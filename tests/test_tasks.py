@@ -252,7 +252,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, model, files):
     with pytest.raises(InputError, match="other: a tokenizer of 129 tokens does not fit a model of 128"):
         score_tasks(folder, tasks=["sciq"], files=files)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="other: no readable tokenizer"):
+    with pytest.raises(InputError, match="other: not a readable fast tokenizer"):
         score_tasks(folder, tasks=["sciq"], files=files)
 
 

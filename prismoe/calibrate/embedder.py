@@ -12,6 +12,7 @@ import numpy.typing as npt
 from prismoe.calibrate.text import Text
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.panics import read_tokenizer
 from prismoe.progress import Progress
 
 __all__ = ["encoder_fingerprint", "sentence_vectors"]
@@ -94,12 +95,7 @@ def _load(folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError("missing", where=str(path), hint="sentence embeddings need the tokenizers of both models")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"tokenizer cannot be used: {error}", where=str(path)) from error
+    return read_tokenizer(path)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from prismoe.data.bytelevel import ByteLevel
-from prismoe.data.panics import told
+from prismoe.panics import told
 
 __all__ = ["Encoder", "fastest", "plain"]
 

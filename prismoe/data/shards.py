@@ -142,7 +142,7 @@ class Domain:
         dtype = token_dtype(self.vocab_size)
         shards = [shard for shard in self.shards[split] if shard.counts.num_tokens]  # nothing cannot be mapped
         files = [self.folder / f"{shard.name}.tokens" for shard in shards]
-        self._check(f"{split}-")
+        self._check(split)
         if len(files) == 1:
             return np.memmap(files[0], dtype, mode="r")
         flat: Any = FlatFiles(files, [shard.counts.num_tokens for shard in shards], dtype)

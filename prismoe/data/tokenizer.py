@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from prismoe.data.encoder import Encoder, fastest, plain
-from prismoe.data.panics import told
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.panics import read_tokenizer, told
 from prismoe.strictjson import read_json
 
 __all__ = ["DocumentTokenizer"]
@@ -53,7 +52,7 @@ class DocumentTokenizer:
                 "no tokenizer.json", where=str(source), hint="save the fast tokenizer beside the model's config.json"
             )
         with told(path):
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = read_tokenizer(path)
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = True

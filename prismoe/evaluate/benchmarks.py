@@ -15,6 +15,7 @@ from prismoe.evaluate.kept import Kept
 from prismoe.evaluate.localfiles import LOCAL
 from prismoe.evaluate.tasks import TaskResult, WantedTask, score_wanted, suites
 from prismoe.folder import sha256_file, versions
+from prismoe.panics import read_tokenizer, told
 from prismoe.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,15 +43,11 @@ def check_tokenizer(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: there is no tokenizer, or it is a larger model's.
     """
-    from tokenizers import Tokenizer
-
     path, size = checkpoint.folder / "tokenizer.json", checkpoint.config.get("vocab_size")
     if not path.is_file():
         raise InputError("no tokenizer.json", where=str(checkpoint.folder), needed="one, to read benchmark prompts")
-    try:
-        largest = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=-1)
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"not a tokenizer ({error})"[:200], where=str(path)) from error
+    with told(path):
+        largest = max(read_tokenizer(path).get_vocab(with_added_tokens=True).values(), default=-1)
     if isinstance(size, int) and largest >= size:
         raise InputError(f"ids up to {largest}", where=str(path), needed=f"below the model's vocab_size {size}")
 

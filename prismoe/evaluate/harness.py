@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from prismoe.errors import InputError, NumericalError, ResourceError, UsageError
 from prismoe.evaluate.localfiles import LOCAL, LocalFiles
+from prismoe.panics import told
 from prismoe.progress import Progress
 from prismoe.registry import suggestion
 from prismoe.train.model import load_model
@@ -339,10 +340,8 @@ def open_model(folder: Path, *, batch_size: int, on_progress: Progress) -> Harne
         InputError: a folder that stock transformers cannot load, or whose tokenizer is not its own.
         NumericalError: logits that are not finite.
     """
-    try:
+    with told(folder):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(f"no readable tokenizer ({_first_line(error)})", where=str(folder)) from error
     model = load_model(folder)
     vocab_size = model.config.vocab_size
     if len(tokenizer) > vocab_size or 2 * len(tokenizer) < vocab_size:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, UsageError
+from prismoe.panics import read_tokenizer, told
 
 if TYPE_CHECKING:
     from prismoe.generate.rows import Written
@@ -47,8 +48,6 @@ class Speaker:
     def __init__(
         self, source: str | Path | Checkpoint, *, template: str | None, device: str = "auto", offline: bool = False
     ) -> None:
-        from tokenizers import Tokenizer
-
         from prismoe.tune.render import open_template
         from prismoe.tune.rows import open_tokenizer
 
@@ -58,7 +57,7 @@ class Speaker:
         if not self.checkpoint.has_weights or not file.is_file():
             raise InputError("no weights or no tokenizer.json", where=str(self.folder), needed="both")
         self._device = _device(device)
-        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = read_tokenizer(file)
         special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         self._special = sorted(special, key=len, reverse=True)
         self._model: Any = None
@@ -110,7 +109,8 @@ class Speaker:
         Raises:
             UsageError: it has none.
         """
-        ids: list[int] = self._tokenizer.encode(text).ids
+        with told(self.folder / "tokenizer.json"):
+            ids: list[int] = self._tokenizer.encode(text).ids
         if not ids:
             raise UsageError(f"prompt {text!r} has no tokens", needed="at least one")
         return ids

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from prismoe import registry
 from prismoe.checkpoint import Checkpoint
 from prismoe.checkpoint.branches import Branched
+from prismoe.checkpoint.family import check_tensors
 from prismoe.checkpoint.finite import finite_ffn
 from prismoe.checkpoint.tensorfile import DTYPES, read_sealed, sealed_bytes
 from prismoe.errors import InputError, UsageError
@@ -173,6 +174,9 @@ def make_plan(
     """
     checkpoint = Checkpoint.open(source)
     dense = checkpoint.family
+    if checkpoint.has_weights:  # converting would find it later
+        shapes = {name: info.shape for name, info in checkpoint.donors[0].tensors.items()}
+        check_tensors(dense, shapes, where=str(checkpoint.folder))
     module = registry.load("prismoe.methods", method, where="method")
     split = module.split
     init = Router.choose(router, arguments, known=registry.keywords(split))

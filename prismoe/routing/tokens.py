@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.panics import read_tokenizer
 from prismoe.routing.record import RoutingTrace
 
 __all__ = ["Context", "Favourite", "favourite_tokens", "visible"]
@@ -107,17 +108,12 @@ def favourite_tokens(
 
 
 def _read_tokenizer(tokenizer: Path, trace: RoutingTrace) -> Any:
-    from tokenizers import Tokenizer
-
     path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not path.is_file():
         raise InputError("no tokenizer.json", where=str(tokenizer), needed="the tokenizer of the traced model")
     if sha256_file(path) != trace.provenance.get("tokenizer_sha256"):
         raise InputError("not the tokenizer of the traced text", where=str(path), hint="trace the model again")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"not a readable fast tokenizer ({error})", where=str(path)) from error
+    return read_tokenizer(path)
 
 
 def _contexts(

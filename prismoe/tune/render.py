@@ -15,6 +15,7 @@ import numpy.typing as npt
 from prismoe import registry
 from prismoe.data.reader import BadDocument
 from prismoe.errors import InputError, UsageError
+from prismoe.panics import told
 from prismoe.tune.conversations import Conversation, Message
 from prismoe.tune.guard import Guard, Shown
 
@@ -64,7 +65,7 @@ class ChatTemplate:
     def __init__(self, name: str, source: str, tokenizer: Any) -> None:
         from tokenizers import Tokenizer, processors
 
-        self.name, self.source = name, source
+        self.name, self.source, self.where = name, source, _where(name, tokenizer)
         self.sha256 = sha256(source.encode()).hexdigest()
         added = tokenizer.added_tokens_decoder
         control = {token.content for token in added.values() if token.special}
@@ -73,12 +74,13 @@ class ChatTemplate:
         )
         # A copy that knows exactly which characters a token stands for: the byte level's trims spaces off its offsets,
         # and a start token is the template's to write.
-        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        with told(self.where):
+            self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         variables = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        self.guard = Guard(source, variables=variables, where=f"template {name}")
+        self.guard = Guard(source, variables=variables, where=self.where)
         try:
             self.marks = self.guard.marks
             self.end_token, self.starts = self._probe(
@@ -107,18 +109,22 @@ class ChatTemplate:
         if error := self._control_token(messages, where):
             raise error
         shown = self.guard.render(messages, prompt=True, where=where)
-        return np.asarray(self._tokenizer.encode(shown.text, add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._encode([shown.text])[0].ids, np.int32)
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        with told(self.where):
+            return list(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
 
     def _probe(self, added: frozenset[int], start_token: int | None) -> tuple[int, bool]:
         """The end-of-turn token and whether there is a start token, seen on a conversation of two answers."""
-        where = f"template {self.name}"
+        where = self.where
         try:
             shown = self.guard.render(_PROBE)
             if error := self._unmarked(shown, _PROBE, ""):
                 raise error
         except BadDocument as error:
             raise InputError(error.found, where=where) from error
-        ids_T, offsets_T2 = _arrays(self._tokenizer.encode(shown.text, add_special_tokens=False))
+        ids_T, offsets_T2 = _arrays(self._encode([shown.text])[0])
         starts = [int(number) == start_token for number in ids_T[:2]]
         if all(starts):
             raise InputError("writes the start token twice", where=where)
@@ -160,7 +166,7 @@ class ChatTemplate:
         rest = [conversation for conversation, error in zip(batch, refused, strict=True) if error is None]
         shown = list(self.guard.render_all([(conversation.messages, conversation.where) for conversation in rest]))
         texts = [one.text for one in shown if isinstance(one, Shown)]
-        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        encodings = iter(self._encode(texts))
         found = iter(zip(rest, shown, strict=True))
         for error in refused:
             if error is not None:
@@ -201,6 +207,11 @@ def _text(shown: Shown, offsets: npt.NDArray[np.int64]) -> str:
     return shown.text[int(offsets[0]) : int(offsets[1])]
 
 
+def _where(name: str, tokenizer: Any) -> str:
+    """What errors name."""
+    return f"template model of {tokenizer.name_or_path}" if name == "model" else f"template {name}"
+
+
 def open_template(name: str, *, tokenizer: Any) -> ChatTemplate:
     """`model` (the tokenizer's own), a name of `prismoe.tune.templates`, or a Jinja file.
 
@@ -215,7 +226,7 @@ def open_template(name: str, *, tokenizer: Any) -> ChatTemplate:
         InputError: no such template, a tokenizer without an end token or without one that the template writes, a
             template that is no Jinja, breaks a limit, or whose answers and their ends cannot be told from the rest.
     """
-    where = f"template {name}"
+    where = _where(name, tokenizer)
     end = tokenizer.eos_token
     if end is None or tokenizer.backend_tokenizer.token_to_id(end) is None:
         raise InputError(

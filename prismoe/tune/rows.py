@@ -12,6 +12,7 @@ import numpy as np
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError
 from prismoe.folder import sha256_file
+from prismoe.panics import read_tokenizer, told
 from prismoe.progress import Progress
 from prismoe.tune.conversations import find_files
 from prismoe.tune.render import open_template
@@ -88,11 +89,9 @@ def open_tokenizer(checkpoint: Checkpoint) -> Any:
         raise InputError(
             "no tokenizer.json", where=str(folder), hint="save the fast tokenizer beside the model's config.json"
         )
-    try:
+    read_tokenizer(folder / "tokenizer.json")
+    with told(folder):
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, OSError, TypeError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0][:200]
-        raise InputError(f"tokenizer cannot be read ({first})", where=str(folder)) from error
 
 
 def read_rows(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prismoe.errors import InputError
+from prismoe.panics import read_tokenizer, told
 
 __all__ = ["sample_ids"]
 
@@ -39,12 +40,8 @@ def sample_ids(folder: Path, *, num_tokens: int, vocab_size: int) -> tuple[npt.N
     if not path.is_file():
         ids = np.random.Generator(np.random.Philox(0)).integers(0, vocab_size, num_tokens)
         return ids.astype(np.int64), "seeded random ids (no tokenizer.json)"
-    from tokenizers import Tokenizer
-
-    try:
-        encoded = Tokenizer.from_file(str(path)).encode(TEXT).ids
-    except Exception as error:  # the Rust side raises bare Exception
-        raise InputError(f"tokenizer cannot be used: {error}", where=str(path)) from error
+    with told(path):
+        encoded = read_tokenizer(path).encode(TEXT).ids
     ids = np.array(encoded[:num_tokens], dtype=np.int64)
     if ids.size == 0 or ids.max() >= vocab_size:
         raise InputError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from prismoe.panics import read_tokenizer
 from prismoe.report.favourites import Favourite, favourites
 from prismoe.report.page import Block, Findings, Quote, Section, Table, Text
 
@@ -52,12 +53,10 @@ def section(found: Findings) -> Section | None:
 
 def _tokenizer(found: Findings) -> Any:
     """The fast tokenizer of the run's models, None where there is none that can be read."""
-    from tokenizers import Tokenizer
-
     for place in PLACES:
         path = found.folder / place / "tokenizer.json"
         if path.is_file():
-            return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return read_tokenizer(path)
     return None
 
 

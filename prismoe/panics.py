@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from prismoe.errors import InputError, PrismoeError
 
-__all__ = ["told"]
+__all__ = ["read_tokenizer", "told"]
+
+MAX_BYTES = 128_000_000  # the largest of a published model has 34 MB
 
 
 @contextmanager
@@ -28,3 +31,17 @@ def told(file: Path | str) -> Iterator[None]:
             raise
         told = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"not a readable fast tokenizer ({told})", where=str(file)) from error
+
+
+def read_tokenizer(file: Path) -> Any:
+    """The fast tokenizer (`tokenizers.Tokenizer`) of a tokenizer.json. Use it within `told` as well.
+
+    Raises:
+        InputError: it cannot be read; naming the file.
+    """
+    from tokenizers import Tokenizer
+
+    with told(file):
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise InputError(f"{size} bytes", where=str(file), needed=f"a tokenizer of at most {MAX_BYTES}")
+        return Tokenizer.from_file(str(file))
