@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.torture.world import rank, together
 
-__all__ = ["EXPERTS", "Planted", "Result", "result", "train"]
+__all__ = ["EXPERTS", "Planted", "Result", "in_tuning", "result", "train"]
 
 EXPERTS = {"starved": (0, {3: -2.0}), "dominant": (1, {0: 2.0}), "collapsed": (2, {0: 2.0, 1: 2.0})}
 """Layer of a fault in routing, and what is added to the shares of its experts where it chooses."""
@@ -91,6 +91,27 @@ def result(out: Path) -> Result:
         for paths in (files, [out.with_suffix(".metrics")])
     )
     return Result(found["code"], found["error"], found["again"], receipt, seen, log)
+
+
+def in_tuning(value: float, where: str, step: int) -> None:
+    """Plant `value` in a gradient, or in the loss, of one step of `tune` in this process."""
+    from prismoe.tune.trainer import Tuner
+
+    clip, lost = Tuner._clip_grad_norm, Tuner.compute_loss
+
+    def damaged_gradient(self: Tuner, model: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            next(weight.grad for weight in model.parameters() if weight.grad is not None).view(-1)[0] = value
+        return clip(self, model)
+
+    def damaged_loss(self: Tuner, *args: Any, **named: Any) -> Any:
+        loss = lost(self, *args, **named)
+        return loss * value if self.state.global_step + 1 == step else loss
+
+    if where == "gradient":
+        Tuner._clip_grad_norm = damaged_gradient  # type: ignore[method-assign]
+    else:
+        Tuner.compute_loss = damaged_loss  # type: ignore[method-assign]
 
 
 def _install(faults: Mapping[int, tuple[str, ...]], log: Path) -> Callable[[], None]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tests.torture.outcome import Outcome
 from tests.torture.place import Place
-from tests.torture.planted import EXPERTS, Planted, Result, result, train
+from tests.torture.planted import EXPERTS, Planted, Result, in_tuning, result, train
 from tests.torture.processes import command
 from tests.torture.world import ready
 
@@ -34,6 +35,7 @@ def run(place: Place) -> Iterator[Outcome]:
     yield _weights(place)
     yield _skipped(place)
     yield _too_often(place)
+    yield _tuned(place)
     yield _alarms(place)
 
 
@@ -180,6 +182,30 @@ def _gave_up(found: Result, ever: bool) -> str | None:
     if found.code != 5 or "it went back 2 times" not in found.error:
         return found.ended
     return None if found.again == 0 else f"then {found.again}"
+
+
+def _tuned(place: Place) -> Outcome:
+    found = place.spread(
+        ("nan in a gradient", "inf in a gradient", "nan in the loss"), lambda case: _stopped(place, case)
+    )
+    return Outcome.of(
+        "NaN or infinity in a gradient or the loss of tune: exit 5 before it reaches a weight, and without the fault "
+        "the same command ends the run",
+        found,
+        goal=3,
+    )
+
+
+def _stopped(place: Place, case: str) -> str | None:
+    out, log = Path("tuned").absolute(), Path("log")
+    shutil.rmtree(out, ignore_errors=True)
+    words = ["tune", str(place.tuning), "--out", str(out), "tune.save_every=1"]
+    value, *_, where = case.split()
+    done = command(words, log=log, before=partial(in_tuning, float(value), where, 3))
+    if done.code != 5 or "step 3:" not in done.last_line or (out / "model").exists():
+        return f"exit {done.code}, {done.last_line[:300]}"
+    again = command(words, log=log)
+    return None if again.code == 0 else f"then exit {again.code}, {again.last_line[:300]}"
 
 
 def _alarms(place: Place) -> Outcome:
