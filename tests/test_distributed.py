@@ -42,7 +42,8 @@ def ground(tmp_path_factory):
     convert(dense, plan, target="mixtral", out=base / "moe", pad_to=8)
     for seed, name in enumerate("ab"):
         domain_folder(base / name, tokenizer=dense / "tokenizer.json", seed=seed)
-    for name, config in {"noisy": NOISY, "switch": SWITCH}.items():
+    taught = {**NOISY, "teacher": str(base / "dense")}
+    for name, config in {"noisy": NOISY, "switch": SWITCH, "taught": taught}.items():
         pretrain(base / "moe", PretrainConfig(**config), domains=[base / "a", base / "b"], out=base / f"{name}-1")
     return base
 
@@ -67,6 +68,7 @@ def two(ground):
         job(ground, "online-2", NOISY, **online),
         job(ground, "random-2", {**SWITCH, "init": "random"}),
         job(ground, "parts-2", NOISY, rows=50),
+        job(ground, "taught-2", {**NOISY, "teacher": str(ground / "dense")}),
         job(ground, "fastest-2", {**NOISY, "experts": "fastest"}),
         job(ground, "full-2", {**SWITCH, "save_every": 2}, full_at=3),
         job(ground, "dies-2", {**SWITCH, "save_every": 2}, die_at=4),
@@ -106,7 +108,7 @@ def assert_alike(first, second, *, rel):
     logs = [read_metrics(folder / "metrics.jsonl") for folder in (first, second)]
     assert [line["event"] for line in logs[0]] == [line["event"] for line in logs[1]]
     for one, other in zip(*logs, strict=True):
-        for key in ("loss", "gradient_norm", "router_gradient_norm", "by_domain"):
+        for key in ("loss", "teacher_loss", "gradient_norm", "router_gradient_norm", "by_domain"):
             if key in one:
                 assert other[key] == pytest.approx(one[key], rel=rel), (one["step"], key)
         if "router_loss" in one:
@@ -134,7 +136,7 @@ def contents(out):
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("name", ["switch", "noisy"])
+@pytest.mark.parametrize("name", ["switch", "noisy", "taught"])
 def test_two_processes_have_the_losses_of_one(two, name):
     assert_alike(two / f"{name}-1", two / f"{name}-2", rel=1e-6)
     assert not (two / f"{name}-2" / "checkpoints").exists()
