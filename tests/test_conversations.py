@@ -213,3 +213,36 @@ def test_real_files(shared: Path, name: str, form: str, rows: int, messages: dic
     if form == "preferred":
         with pytest.raises(InputError, match="a row of preferences"):
             read(path)
+
+
+def test_names_on_the_hub_are_read_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    cache = tmp_path / "datasets--someone--talks"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("c0ffee")
+    folder = cache / "snapshots" / "c0ffee" / "data"
+    folder.mkdir(parents=True)
+    write(folder / "b.jsonl", {"messages": CHAT})
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps({"conversations": GPT}).encode()))
+    write(folder / "readme.md", "not a conversation")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    own = write(tmp_path / "own.jsonl", {"messages": CHAT})
+    found = find_files(["hf://datasets/someone/talks/data/*.jsonl*", own], offline=True)
+    assert [path.name for path in found] == ["a.jsonl.gz", "b.jsonl", "own.jsonl"]
+    assert [read(path) for path in found] == [[HI]] * 3
+    assert find_files("hf://datasets/someone/talks@main/data/b.jsonl", offline=True) == [folder / "b.jsonl"]
+    with pytest.raises(UsageError, match=r"b\.jsonl is named twice"):
+        find_files(["hf://datasets/someone/talks/data/b.jsonl", "hf://datasets/someone/talks/data/*.jsonl"])
+    with pytest.raises(InputError, match=r"readme\.md: not a kind of file that is read; needed \.jsonl "):
+        find_files("hf://datasets/someone/talks/data/*.md", offline=True)
+    with pytest.raises(InputError, match=r"hf://datasets/someone/gone/a\.jsonl: cannot be had from the hub"):
+        find_files("hf://datasets/someone/gone/a.jsonl", offline=True)
+
+
+def test_a_file_that_is_not_there_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as raised:
+        find_files("deita-6k.jsonl")
+    assert str(raised.value) == f"tune.data: no file deita-6k.jsonl (hint: looked for from {tmp_path})"

@@ -373,3 +373,15 @@ def test_the_command_stops_goes_on_and_prints_a_table(source, data, tmp_path, ca
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("who trains", "experts gate", "ends of turn learned", "resumed from step"))
     assert main(["tune", str(path), "tune.coeficient=1"]) == 2
+
+
+def test_what_the_shipped_configs_miss_is_told_with_the_command_that_makes_it(tmp_path, monkeypatch, capsys):
+    configs = Path(__file__).parents[1] / "configs"
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", str(configs / "sft-stories260k.yaml"), "--dry-run"]) == 3
+    told = capsys.readouterr().err
+    assert f"source: no such folder; needed runs/stories260k/train/model (hint: prismoe run {configs}/stories" in told
+    assert main(["tune", str(configs / "sft-llama-moe.yaml"), "source=x/train/model", "--dry-run"]) == 3
+    assert "hint: prismoe run CONFIG --out x makes it" in capsys.readouterr().err
+    assert main(["tune", str(configs / "sft-llama-moe.yaml"), "--dry-run"]) == 3  # the data, before a model is fetched
+    assert "tune.data: no file deita-6k.jsonl (hint: looked for from" in capsys.readouterr().err

@@ -83,7 +83,8 @@ def expand(pattern: str, where: str, *, offline: bool = False, suffixes: Sequenc
             )
         found = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
     if not found:
-        raise InputError(f"no file {pattern}", where=where)
+        here = "" if pattern.startswith(("hf://", "/", "~")) else f"looked for from {Path.cwd()}"
+        raise InputError(f"no file {pattern}", where=where, hint=here)
     for file in found:
         if not file.name.endswith(tuple(suffixes)):
             raise InputError("not a kind of file that is read", where=str(file), needed=" ".join(suffixes))

@@ -94,18 +94,19 @@ class Refusals:
         )
 
 
-def find_files(patterns: Sequence[str | Path], *, offline: bool = False) -> list[Path]:
-    """The files of paths, glob patterns and `hf://datasets/OWNER/NAME/PATTERN`, in the order given.
+def find_files(patterns: str | Path | Sequence[str | Path], *, offline: bool = False) -> list[Path]:
+    """The files of a path, a glob pattern or `hf://datasets/OWNER/NAME/PATTERN`, or of several, in the order given.
 
     Raises:
         UsageError: no pattern, or a file named twice.
         InputError: no such file, or a kind of file that is not read.
     """
+    patterns = [patterns] if isinstance(patterns, str | Path) else patterns
     if not patterns:
         raise UsageError("no conversations named", needed="files, patterns or hf://datasets/OWNER/NAME/PATTERN")
     found: dict[Path, Path] = {}
     for pattern in patterns:
-        for file in expand(str(pattern), "conversations", offline=offline, suffixes=SUFFIXES):
+        for file in expand(str(pattern), "tune.data", offline=offline, suffixes=SUFFIXES):
             if file.resolve() in found:
                 raise UsageError(f"{file} is named twice", hint="each conversation is to be learned once an epoch")
             found[file.resolve()] = file

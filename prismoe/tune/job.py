@@ -24,6 +24,7 @@ from prismoe.train.engine.layout import launched
 from prismoe.train.origin import Origin
 from prismoe.train.routers import arguments_of
 from prismoe.train.stopping import stop_on_signal
+from prismoe.tune.conversations import find_files
 from prismoe.tune.rows import open_tokenizer, read_rows
 from prismoe.tune.settings import MAY_CHANGE, TuneConfig
 
@@ -102,6 +103,7 @@ def tune(
     check_free(out / LOCK, where=out)  # reading all conversations takes its time
     with _told():
         config = replace(config, arguments=_arguments(config))
+    find_files(config.data, offline=offline)  # what is missing is told before a model is fetched
     checkpoint = Checkpoint.open(source, offline=offline)
     if not checkpoint.has_weights:
         raise InputError("no weights", where=str(checkpoint.folder), needed="a trained model")

@@ -102,8 +102,7 @@ def read_rows(
     Raises:
         InputError: too many rows that are none, nothing to learn, no end of turn among it, or nothing held out.
     """
-    patterns = [config.data] if isinstance(config.data, str) else list(config.data)
-    files = find_files(patterns, offline=offline)
+    files = find_files(config.data, offline=offline)
     with open_template(config.template, tokenizer=tokenizer) as template:
         text = prepare_text(
             files,
