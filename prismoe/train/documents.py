@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prismoe.errors import UsageError
+from prismoe.train.engine.placement import gather_no_more
 
 __all__ = ["check_apart"]
 
@@ -40,6 +41,7 @@ def check_apart(model: Any, *, seq_len: int, bf16: bool = False) -> None:
         logits_BTV = model(input_ids=packed_BT, position_ids=positions_BT, use_cache=False).logits[:, length:].float()
     finally:
         model.train(training)
+        gather_no_more(model)
     leaked = float((logits_BTV[0] - logits_BTV[1]).abs().max() / logits_BTV.std().clamp_min(1e-30))
     if not leaked <= (30 if bf16 else 1) * TOLERANCE:
         name = type(model).__name__
