@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prismoe import convert, make_plan
+from prismoe.config import load_config
 from prismoe.errors import InterruptedRun, UsageError
 from prismoe.train.allon import all_on
 from prismoe.train.experts import use_experts
@@ -215,7 +216,7 @@ def test_loads_and_capacity_count_every_expert():
         assert meter.result()["max_over_mean"] == [1.0, 1.0]
 
 
-def test_a_schedule_that_does_not_end_is_refused_and_a_forecast_counts_it():
+def test_a_schedule_that_does_not_end_is_refused_and_a_forecast_counts_it(tmp_path):
     for anneal in ([5, 5], [7, 3], [-1, 3]):
         with watch(stock()) as routers, pytest.raises(UsageError, match=r"pretrain\.anneal.*the earlier one first"):
             attach_policy("dense_mi", routers, arguments=arguments_of("dense_mi", {"anneal": anneal}))
@@ -224,6 +225,12 @@ def test_a_schedule_that_does_not_end_is_refused_and_a_forecast_counts_it():
     check_steps("switch", {}, steps=1)
     with pytest.raises(UsageError, match=r"until step 9 of 9.*before the last step.*anneal: \[0, 4\]"):
         check_steps(("switch", "dense_mi"), {"dense_mi": own}, steps=9)
+    path = tmp_path / "run.yaml"
+    path.write_text("source: m\nout: o\npretrain:\n  router: dense_mi\n  steps: 120\n  anneal: [0, 120]\n")
+    with pytest.raises(UsageError, match=r"run\.yaml:3: pretrain\.anneal: experts are on until step 120 of 120"):
+        load_config(path)
+    path.write_text(path.read_text().replace("0, 120]", "0, 119]"))
+    assert load_config(path).pretrain.arguments == {"anneal": (0, 119)}
     size = {"num_experts": 8, "top_k": 2}
     most, mean = experts_of_run("dense_mi", {"coefficient": 0.0, "anneal": (2, 10)}, steps=12, **size)
     assert (most, mean) == (8, pytest.approx((4 * 8 + 7 + 6 + 5 + 5 + 4 + 3 + 2 + 2) / 12))

@@ -181,10 +181,17 @@ def _recover(binder: Binder, at: Located) -> Any:
 
 def _pretrain(binder: Binder, at: Located) -> Any:
     """The pretrain section: its own keys but the seed (a run has one), and the router policy's arguments."""
+    from prismoe.train.routers import arguments_of, check_steps
     from prismoe.train.settings import PretrainConfig
 
     _choice(binder, at, "pretrain.mixing", PretrainConfig.mixing, registry.names("prismoe.data.rules"))
-    return _with_policy(binder, at, "pretrain", PretrainConfig)
+    made = _with_policy(binder, at, "pretrain", PretrainConfig)
+    if isinstance(made, PretrainConfig):
+        try:
+            check_steps(made.router, arguments_of(made.router, made.arguments), steps=made.steps)
+        except UsageError as error:
+            binder.problem(at.where, str(error))
+    return made
 
 
 def _tune(binder: Binder, at: Located) -> Any:
