@@ -12,6 +12,7 @@ from prismoe.errors import InputError, PrismoeError
 __all__ = ["read_tokenizer", "told"]
 
 MAX_BYTES = 128_000_000  # the largest of a published model has 34 MB
+MAX_ID = 1 << 22  # and 262,144 tokens
 
 
 @contextmanager
@@ -44,4 +45,8 @@ def read_tokenizer(file: Path) -> Any:
     with told(file):
         if (size := file.stat().st_size) > MAX_BYTES:
             raise InputError(f"{size} bytes", where=str(file), needed=f"a tokenizer of at most {MAX_BYTES}")
-        return Tokenizer.from_file(str(file))
+        found = Tokenizer.from_file(str(file))
+        # The library writes down every id below the largest that no token has, as soon as it writes the tokenizer.
+        if (largest := max(found.get_vocab(with_added_tokens=True).values(), default=0)) > MAX_ID:
+            raise InputError(f"a token of id {largest}", where=str(file), needed=f"ids up to {MAX_ID}")
+        return found

@@ -13,6 +13,7 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.cli import _for_people, _panic
 from prismoe.errors import InputError, UsageError
 from prismoe.panics import read_tokenizer, told
+from prismoe.tune.render import open_template
 from prismoe.tune.rows import open_tokenizer
 from prismoe.verify.sample import sample_ids
 from tests.tiny import tiny_tokenizer
@@ -55,6 +56,27 @@ def test_one_that_nobody_caught_is_no_traceback(panics: Path) -> None:
     assert not _panic(SystemExit(3))
     line = r"a library: failed below Python \(.*stride.*\) \(hint: is a tokenizer.json damaged\?\)"
     assert re.fullmatch(line, str(_for_people(raised.value)))
+
+
+def test_an_id_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
+    """Below Python 16 GiB of ids without a token would be written down, which ends the process."""
+    path = tiny_tokenizer(tmp_path) / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["vocab"]["l"] = 2**32 - 1
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"tokenizer\.json: a token of id 4294967295; needed ids up to 4194304"):
+        read_tokenizer(path)
+
+
+def test_a_special_token_without_a_name_is_a_line(tmp_path: Path) -> None:
+    """The stock class looks for the id of its unknown token in that of its unknown token."""
+    tiny_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>", "unk_token": {}}')
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = open_tokenizer(Checkpoint.open(tmp_path))
+    with pytest.raises(InputError, match=rf"template model of {tmp_path}: .*(recursion|no chat template)"):
+        open_template("model", tokenizer=tokenizer)
 
 
 def test_a_tokenizer_larger_than_any_is_not_read(tmp_path: Path) -> None:

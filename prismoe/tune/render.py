@@ -227,6 +227,11 @@ def open_template(name: str, *, tokenizer: Any) -> ChatTemplate:
             template that is no Jinja, breaks a limit, or whose answers and their ends cannot be told from the rest.
     """
     where = _where(name, tokenizer)
+    with told(where):  # the stock class looks up its special tokens as they are asked for
+        return _open(name, tokenizer, where)
+
+
+def _open(name: str, tokenizer: Any, where: str) -> ChatTemplate:
     end = tokenizer.eos_token
     if end is None or tokenizer.backend_tokenizer.token_to_id(end) is None:
         raise InputError(

@@ -26,12 +26,13 @@ def run(place: Place) -> Iterator[Outcome]:
     for what, (folder, opens) in _artefacts(place).items():
         opens(folder)  # whole, it is read
         files, cases = _files(folder), {}
+        wholes = {path: path.read_bytes() for path in files}
         count = max(many if what in MANY else many // 10, len(files))
         for number in range(count):
             path = files[number % len(files)]
             cut, at = number // len(files) % 4 == 3, place.draw.randrange(8 * path.stat().st_size)
             name = f"{number}: {path.relative_to(folder)}, {_how(at, cut=cut)}"
-            cases[name] = _case(folder, opens, path, at, cut=cut)
+            cases[name] = _case(folder, opens, path, _damaged(wholes[path], at, cut=cut), wholes[path])
         found = dict(zip(cases, attempt(list(cases.values())), strict=True))
         yield Outcome.of(
             f"corruption of {what}: flips and cuts in {len(files)} files, detected on load", found, goal=count
@@ -52,12 +53,11 @@ def _damaged(whole: bytes, at: int, *, cut: bool) -> bytes:
     return whole[: at // 8] if cut else flipped(whole, at)
 
 
-def _case(folder: Path, opens: Opens, path: Path, at: int, *, cut: bool) -> Case:
+def _case(folder: Path, opens: Opens, path: Path, damaged: bytes, whole: bytes) -> Case:
     def case() -> str | None:
         folders._intact.clear()  # nothing is known of the files, as in a process that starts
-        whole = path.read_bytes()
         try:
-            path.write_bytes(_damaged(whole, at, cut=cut))
+            path.write_bytes(damaged)
             opens(folder)
             return "not detected"
         except PrismoeError as error:

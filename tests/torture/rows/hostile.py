@@ -54,7 +54,8 @@ def run(place: Place) -> Iterator[Outcome]:
         folder = Path("made").resolve()  # the worker's own
         if not folder.exists():
             shutil.copytree(place.folder / "made", folder)
-        cases = [_case(folder / kind, made[kind], f"{place.seed} {kind} {number}") for number in part]
+        data = (place.folder / "made" / kind / made[kind].file).read_bytes()
+        cases = [_case(folder / kind, made[kind], data, f"{place.seed} {kind} {number}") for number in part]
         faults = {number: found for number, found in zip(part, attempt(cases), strict=True) if found is not None}
         return json.dumps(faults) if faults else None
 
@@ -79,15 +80,11 @@ def _whole(folder: Path, target: Target) -> str | None:
     return None
 
 
-def _case(folder: Path, target: Target, seed: str) -> Case:
+def _case(folder: Path, target: Target, whole: bytes, seed: str) -> Case:
     def case() -> str | None:
         path = folder / target.file
-        whole = path.read_bytes()
-        try:
-            path.write_bytes(target.breaks(whole, random.Random(seed)))
-            return read(lambda: target.opens(folder), (path.name, str(folder)))
-        finally:
-            path.write_bytes(whole)
+        path.write_bytes(target.breaks(whole, random.Random(seed)))
+        return read(lambda: target.opens(folder), (path.name, str(folder)))
 
     return case
 
