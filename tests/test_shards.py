@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prismoe.data.shards import Domain, heldout_windows
+from prismoe.data.shards import SPLITS, Domain, heldout_windows
 from prismoe.errors import InputError
-from prismoe.folder import Manifest
+from prismoe.folder import Manifest, unchecked
 from tests.text import TEXTS, jsonl, one
 from tests.tiny import tiny_tokenizer
 
@@ -85,6 +85,22 @@ def test_counts_of_a_manifest_that_cannot_be(
     replace(manifest, config=config).write(tmp_path / "d")
     with pytest.raises(InputError, match=message):
         Domain.open(tmp_path / "d")
+
+
+def test_every_file_of_a_split_is_hashed_before_its_tokens_are_read(tmp_path: Path, tokenizer: Path) -> None:
+    one(tmp_path, tokenizer, jsonl(tmp_path / "a.jsonl", TEXTS))
+    folder = tmp_path / "out" / "d"
+    files = [path for path in folder.iterdir() if path.name not in ("manifest.json", "prismoe.json")]
+    assert {path.suffix for path in files} == {".tokens", ".ends", ".json"}
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        with pytest.raises(InputError, match=rf"{path.name}: sha256 "):
+            [Domain.open(folder).tokens(split) for split in SPLITS]
+        with unchecked():
+            [Domain.open(folder).tokens(split) for split in SPLITS]
+        path.write_bytes(whole)
+    assert [len(Domain.open(folder).tokens(split)) > 0 for split in SPLITS] == [True, True]
 
 
 @given(

@@ -14,7 +14,7 @@ from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 from tests.torture.processes import Finished, command
 
-SECONDS = 75
+SECONDS = 60
 MANY = ("a checkpoint", "token shards", "a plan")  # what the promise is about; the others are tried a tenth as often
 CALIBRATE = ["seq_len=16", "max_tokens=512", "sample_tokens=64", "quantities=[activation, marks]"]
 

@@ -18,7 +18,7 @@ from tests.torture.mutate import broken_bytes, broken_json, broken_sealed
 from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 
-SECONDS = 75
+SECONDS = 60
 SHORT, FULL = 5000, 20_000
 TURN = 50  # mutations of one kind that a process does
 TEMPLATE = (
