@@ -1,5 +1,7 @@
 """Curves of a run, read back by TensorBoard itself: the numbers of the log, once each."""
 
+import resource
+import threading
 import time
 
 import pytest
@@ -49,6 +51,27 @@ def test_points_behind_a_checkpoint_are_drawn_again_and_not_twice(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="file: cannot write"):
         Scalars(tmp_path / "file").begin(None)
+
+
+def test_a_full_disk_is_told_by_us_and_not_by_the_thread(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # as it is without pytest
+    scalars = Scalars(tmp_path)
+    scalars.begin(None)
+
+    def draw():
+        for step in range(1000):
+            scalars.add("step", {"event": "step", "step": step, "loss": 1.0})
+            scalars.flush()
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"cannot write: File too large; needed more \(hint: free some space"):
+            draw()
+        scalars.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_curves_of_a_run_are_its_log(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ class Scalars:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.close()
+        _leave_to_us()
         try:
             self._writer = SummaryWriter(str(self._folder), purge_step=0 if step is None else step + 1)
         except OSError as error:
@@ -69,6 +71,19 @@ class Scalars:
     def _failed(self, error: OSError) -> ResourceError:
         self._writer = None
         return unwritten(self._folder, error)
+
+
+def _leave_to_us() -> None:
+    """What fails in TensorBoard's thread is raised here by the next `add`, `flush` or `close`: no traceback of it."""
+    before = threading.excepthook
+    if before.__module__ == __name__:
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def _numbers(found: Mapping[str, Any], name: str) -> Iterator[tuple[str, float]]:
