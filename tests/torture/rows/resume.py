@@ -16,7 +16,7 @@ from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 from tests.torture.world import rank, ready, together
 
-SECONDS = 100
+SECONDS = 80
 AFTER = 50
 EVERY = 13  # steps between checkpoints: AFTER steps behind a stop the unstopped run has one, at the stop it has none
 STOPS = (2, 15, 28)
