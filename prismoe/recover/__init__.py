@@ -1,8 +1,9 @@
 """`recover`: each layer's mixture learns to give what its dense FFN gives, from few tokens and one layer at a time.
 
 LaDiMo's way (Kim et al. 2024, arXiv 2408.04278): a mean squared error on the output of every FFN, no language-model
-loss, and a number of experts chosen from what was measured. Layers learn from the dense model's own hidden states, so
-none waits for another and none is in memory with another.
+loss, and a number of experts chosen from what was measured. One layer is in memory at a time. Layers see what those
+below them give once they are recovered, unless they are asked to learn each by itself from the dense model's own
+hidden states, as in the paper: errors add up otherwise (docs/recovery.md).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ __all__ = ["RecoverConfig", "Recovered", "RecoveredLayer", "recover"]
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """One layer. Errors are relative Frobenius errors of its mixture's output against the dense FFN's, over text that
-    nothing was learned from.
+    """One layer. Errors are relative Frobenius errors of its mixture's output over text that nothing was learned from,
+    against the dense FFN's output; with `inputs` "mixture" against the output that leads back to the dense stream.
 
     Attributes:
         before, after: of the folder as it was, and as it is now, each with its own K.
@@ -64,6 +65,7 @@ class Recovered:
 
     target: str
     train: str
+    inputs: str
     tokens: int
     held_tokens: int
     num_experts: int
@@ -103,8 +105,8 @@ def recover(
     """Write `moe` into `out` with mixtures that have learned the FFNs of `source`; the architecture stays.
 
     In memory: one layer of the dense model, embedding and head, and one layer of the mixture in float32 with gradients
-    and moments of what learns. On disk, while it works: four times the hidden states of the text. A stopped call goes
-    on when it is made again, with the layer it was at, and gives the same bytes.
+    and moments of what learns. On disk, while it works: hidden states of the text, six times (four with `inputs`
+    "dense"). A stopped call goes on when it is made again, with the layer it was at, and gives the same bytes.
 
     Args:
         source: the dense checkpoint, its folder or hub name.
@@ -192,6 +194,7 @@ def _receipt(job: Job, done: list[LayerDone]) -> dict[str, Any]:
     return {
         "target": job.target.name,
         "train": config.train,
+        "inputs": config.inputs,
         "tokens": job.text.num_tokens,
         "held_tokens": len(job.rows[1]),
         "num_experts": job.num_experts,

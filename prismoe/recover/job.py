@@ -65,6 +65,12 @@ class Job:
         return bool(self.target.top_k_by_layer)
 
     @property
+    def residual(self) -> float | None:
+        """The factor with which a layer adds its FFN's output to the stream; None where it is normed first."""
+        family = self.dense.family
+        return None if family.block == "post-norm" else float(family.multipliers.get("residual_multiplier", 1.0))
+
+    @property
     def rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         length, held = self.text.seq_len, _held(self.text)
         split = (len(self.text) - held) * length
@@ -232,7 +238,9 @@ def _needs(job: Job) -> tuple[int, int]:
     learning = max(config.batch_tokens, 1024) * job.num_experts * (4 * f // job.num_experts + 4 * d)
     memory = BASE_BYTES + size * (ends + dense_layer + passing) + 4 * (numbers(own(widest)) + learning)
     memory += 16 * numbers(learned[widest])  # gradient, two moments, and the bytes of the layer's file
-    waiting = 4 + (len(job.layers) < family.num_layers)  # hidden states that a stopped recovery would begin with
+    # What enters and leaves an FFN; of each stream what enters and leaves a layer, and what a stop would go back to.
+    streams = 2 if config.inputs == "mixture" else 1
+    waiting = 2 + streams * (3 if len(job.layers) < family.num_layers else 2)
     states = waiting * job.text.num_tokens * d * size
     files = sum(tensors[name].nbytes for keys in learned.values() for name in keys if name in tensors)
     written = sum(info.nbytes for info in tensors.values())

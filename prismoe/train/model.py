@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def empty_model(config: Mapping[str, Any], *, where: str) -> Any:
 def _from_config(config: Mapping[str, Any], where: str) -> Any:
     try:
         with _quiet_library():
-            settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            settings = CONFIG_MAPPING[config["model_type"]].from_dict(
+                deepcopy(dict(config))
+            )  # it adds to what lies inside
             return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise InputError(f"no model for this config ({_first_line(error)})", where=where) from error
