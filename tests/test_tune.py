@@ -294,6 +294,14 @@ def test_a_dry_run_counts_and_writes_nothing(source, data, tmp_path):
     assert receipt.steps == 2 * -(-receipt.rows // 8)
 
 
+def test_a_policy_whose_schedule_ends_with_the_run_or_not_at_all(source, data, tmp_path):
+    """Its loss is below zero; the run of nine or ten steps ends with the model's own routing or does not begin."""
+    config = tiny_config(data, router="dense_mi", arguments={"anneal": [1, 5]})
+    assert tune(source, config, out=tmp_path / "out").last_loss > 0
+    with pytest.raises(UsageError, match=r"tune\.anneal: experts are on until step 500 of"):
+        tune(source, tiny_config(data, router="dense_mi"), out=tmp_path / "other", dry_run=True)
+
+
 def test_a_finished_run_is_kept_and_another_one_refused(source, data, tuned):
     out, receipt = tuned
     again = tune(source, tiny_config(data, save_every=7), out=out)

@@ -22,7 +22,7 @@ from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
 from prismoe.train.engine.layout import launched
 from prismoe.train.origin import Origin
-from prismoe.train.routers import arguments_of
+from prismoe.train.routers import arguments_of, check_steps
 from prismoe.train.stopping import stop_on_signal
 from prismoe.tune.conversations import find_files
 from prismoe.tune.rows import open_tokenizer, read_rows
@@ -114,6 +114,9 @@ def tune(
     origin = Origin.folder(checkpoint)
     tokenizer = open_tokenizer(checkpoint)
     rows = read_rows(config, checkpoint, tokenizer, offline=offline, on_progress=on_progress)
+    with _told():
+        names = config.policies[0] if len(config.policies) == 1 else config.policies
+        check_steps(names, config.arguments, steps=rows.steps)
     memory = _room(origin, config, out)
     plain: dict[str, Any] = {
         "text": rows.text.receipt.to_dict(),

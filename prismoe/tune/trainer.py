@@ -168,7 +168,7 @@ class Tuner(SFTTrainer):  # type: ignore[misc]
 
     def _check(self, table: list[Role], step: int) -> None:
         """What was asked for is at work: a policy that balances has said so in the first step."""
-        if self.work.balances and not float(self._router_loss) > 0:
+        if self.work.balances and float(self._router_loss) == 0:
             raise NumericalError(
                 "the router policy's loss is 0 although it was asked for",
                 where=f"step {step}",
