@@ -1,5 +1,6 @@
 """The torture harness itself: steps are counted, writes are halved, what was not synced is lost, faults are seen."""
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -14,9 +15,13 @@ from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 from tests.torture.processes import warm
 from tests.torture.rows import kill
+from tests.torture.scarce import fail, fill, free_again, locked, own_disk, remount, without_privileges
 from tests.torture.spread import spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+SKIPPED = 77
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -63,6 +68,54 @@ def six_steps(disk: Path) -> None:
     os.close(handle)
     (disk / "c").unlink()  # 6
     (disk.parent / "elsewhere").write_bytes(b"not counted")
+
+
+def test_a_step_meets_a_full_disk(disk: Path) -> None:
+    met: list[tuple[int, str, str]] = []
+
+    def meet(number: int, name: str, path: str) -> None:
+        met.append((number, name, Path(path).name))
+        if number >= 3 or (name == "create" and number == 2):
+            fail(errno.ENOSPC, name, path)
+
+    def work() -> None:
+        install(disk, Counter(), meet=meet)
+        (disk / "a").mkdir()  # 1
+        (disk / "a").rename(disk / "b")  # 2
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            (disk / "c").open("wb")
+        assert caught.value.filename == str(disk / "c")
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "d").mkdir()  # 3
+        (disk / "b").rmdir()  # 4, which needs no room
+        assert met == [(1, "mkdir", "a"), (2, "rename", "a"), (2, "create", "c"), (3, "mkdir", "d"), (4, "rmdir", "b")]
+
+    assert forked(work) == 0
+    assert list(disk.iterdir()) == []
+
+
+def test_a_disk_of_its_own_is_full_by_the_kernel(disk: Path) -> None:
+    def work() -> None:
+        if own_disk(disk, size=1 << 20):
+            os._exit(SKIPPED)  # where namespaces are not allowed
+        fill(disk, leave=4096)
+        with pytest.raises(OSError, match="No space left on device"):
+            (disk / "a").write_bytes(bytes(10_000))
+        assert (disk / "a").stat().st_size == 4096
+        free_again(disk)
+        (disk / "a").write_bytes(bytes(10_000))
+        remount(disk, read_only=True)
+        with pytest.raises(OSError, match="Read-only file system"):
+            (disk / "a").unlink()
+        remount(disk, read_only=False)
+        (disk / "inner").mkdir()
+        locked(disk, locked=True)
+        without_privileges()
+        with pytest.raises(OSError, match="Permission denied"):
+            (disk / "inner" / "b").touch()
+
+    assert forked(work) in (0, SKIPPED)
+    assert list(disk.iterdir()) == []  # it was that process's own
 
 
 def test_every_step_below_the_folder_is_counted_and_no_other(disk: Path) -> None:

@@ -14,7 +14,17 @@ import resource
 import stat
 from pathlib import Path
 
-__all__ = ["DISK_BYTES", "fail", "fill", "free_again", "limit_memory", "own_disk", "without_privileges"]
+__all__ = [
+    "DISK_BYTES",
+    "fail",
+    "fill",
+    "free_again",
+    "limit_memory",
+    "locked",
+    "own_disk",
+    "remount",
+    "without_privileges",
+]
 
 DISK_BYTES = 64 << 20
 BALLAST = "ballast"

@@ -61,8 +61,11 @@ class Job:
 
 
 def run(place: Place) -> Iterator[Outcome]:
+    refused = next(iter(place.spread(["a disk"], lambda _: scarce.own_disk(DISK) or None, workers=1).values()))
     jobs = {verb: _job(place, verb) for verb in BEFORE}
-    yield from _at_once(place, jobs)
+    yield from _at_once(place, jobs, refused or "")
+    disk = f"injected ({refused})" if refused else "a real one"
+    note = f"{', '.join(KINDS)}; the full disk is {disk}"
     for verb, job in jobs.items():
         draw = random.Random(f"{place.seed} {verb}")
         cases = []
@@ -73,12 +76,7 @@ def run(place: Place) -> Iterator[Outcome]:
             cases += [Point(verb, kind, number, count, step, job.steps) for number, step in enumerate(steps, 1)]
         found = place.spread(cases, partial(_during, job))
         what = f"`{verb}`: no room while it works: exit 4 and one line, what was there is whole, then the same bytes"
-        yield Outcome.of(what, found, goal=len(cases), note=_note())
-
-
-def _note() -> str:
-    kinds = ", ".join(KINDS)
-    return f"{kinds}; the full disk is {'injected' if _can_mount() else 'a real one'}"
+        yield Outcome.of(what, found, goal=len(cases), note=note)
 
 
 def _job(place: Place, verb: str) -> Job:
@@ -106,14 +104,6 @@ def _job(place: Place, verb: str) -> Job:
 def _disk() -> str:
     """This worker's disk, made with its first case; why there is none of its own."""
     return scarce.own_disk(DISK)
-
-
-@cache
-def _can_mount() -> str:
-    """Why a forked process cannot have a disk of its own."""
-    from tests.torture.spread import spread
-
-    return spread([Path()], lambda _: scarce.own_disk(Path("tried")) or None, workers=1)[0][1] or ""
 
 
 def _begin(before: Path) -> None:
@@ -219,8 +209,7 @@ def _again(job: Job) -> str | None:
 # Before the first byte
 
 
-def _at_once(place: Place, jobs: dict[str, Job]) -> Iterator[Outcome]:
-    refused = _can_mount()
+def _at_once(place: Place, jobs: dict[str, Job], refused: str) -> Iterator[Outcome]:
     kinds = [kind for kind in AT_ONCE if not refused or kind == "folder locked"]
     cases = {f"{verb}, {kind}": (jobs[verb], kind) for verb in jobs for kind in kinds}
     found = place.spread(list(cases), lambda name: _refused(*cases[name]))
@@ -240,13 +229,12 @@ def _refused(job: Job, kind: str) -> str | None:
     else:
         scarce.locked(DISK, locked=True)
         before = scarce.without_privileges
-    try:
-        done = command(job.words, log=Path("log"), before=before)
-        changed = contents(OUT) != there
-    finally:
-        scarce.free_again(DISK) if kind == "disk full" else None
-        scarce.remount(DISK, read_only=False) if kind == "disk read-only" else None
-        scarce.locked(DISK, locked=False)
+    done = command(job.words, log=Path("log"), before=before)
+    changed = contents(OUT) != there
+    if kind == "disk read-only":
+        scarce.remount(DISK, read_only=False)
+    scarce.locked(DISK, locked=False)
+    scarce.free_again(DISK)
     if done.code != 4:
         return f"exit {done.code}: {done.last_line}"
     return _told(kind, done) or ("something was written" if changed else None) or _again(job)

@@ -9,6 +9,7 @@ from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 from tests.torture.processes import command
 
+SECONDS = 40
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
 
 
