@@ -49,10 +49,11 @@ DENSE: Mapping[str, Any] = MappingProxyType({key: None for key in BASE if key.st
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of a table: its name and what it changes in `BASE`."""
+    """One line of a table: its name, what it changes in `BASE`, and the setting it is compared with (the first)."""
 
     name: str
     changes: Mapping[str, Any]
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Question:
-    """Settings that answer it; the first is the one the others are compared with. `paper` names what it answers to."""
+    """Settings that answer it; `paper` names what it answers to."""
 
     name: str
     title: str
@@ -101,15 +102,37 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("small", 245_760, 0.05, (0, 1, 2), 8, 24, 2048, 32_768, 2, 3_000),
-        Size("large", 4_194_304, 0.5, (0, 1, 2, 3, 4), 32, 40, 16_384, 131_072, 1, 100_000),
+        Size(
+            name="small",
+            tokens=245_760,
+            headline=0.05,
+            seeds=(0, 1, 2),
+            batch_size=8,
+            heldout_documents=24,
+            eval_tokens=2048,
+            calibration_tokens=32_768,
+            workers=2,
+            tokens_per_second=3_000,
+        ),
+        Size(
+            name="large",
+            tokens=2_457_600,
+            headline=0.1,
+            seeds=(0, 1, 2, 3, 4),
+            batch_size=32,
+            heldout_documents=40,
+            eval_tokens=8192,
+            calibration_tokens=131_072,
+            workers=1,
+            tokens_per_second=100_000,
+        ),
     )
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `spec` is JSON-able and decides the result, `cost` is about how many dense training tokens it takes."""
+    """One run: `spec` is JSON-able and decides the result, `cost` is in tokens of training a mixture."""
 
     key: str
     seed: int
@@ -158,11 +181,13 @@ def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job
         spec["pretrain"]["arguments"] = arguments | {"anneal": [round(part * steps) for part in arguments["anneal"]]}
     spec |= {"heldout_documents": size.heldout_documents, "calibration_tokens": size.calibration_tokens}
     key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    return Job(key, seed, spec, steps * a_step * _relative_cost(spec), (name,))
+    measured = (steps // every + 1) * size.eval_tokens + size.heldout_documents * SEQ_LEN  # of each of seven domains
+    cost = (steps * a_step + 7 * measured / 3) * _relative_cost(spec) + 2.5 * spec.get("recover", {}).get("tokens", 0)
+    return Job(key, seed, spec, cost, (name,))
 
 
 def _relative_cost(spec: Mapping[str, Any]) -> float:
-    """Of one token, against one of a mixture that is cut from the parent (measured, see docs/study.md)."""
+    """Of one token, against one of a mixture that is cut from the parent."""
     plan, pretrain = spec["plan"], spec["pretrain"]
     taught = 0.4 if pretrain.get("teacher") else 0.0
     if not plan or spec["target"] == "dense":

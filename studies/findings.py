@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,14 +97,17 @@ class Findings:
         """On the text that runs are measured on while they train."""
         return statistics.fmean(self.parent["heldout"].values())
 
-    def tests(self, lines: Sequence[Line]) -> dict[str, tuple[list[float], float]]:
-        """For each but the first: differences to the first, seed by seed, and p over documents after Holm's correction.
+    def tests(self, lines: Sequence[Line], against: Mapping[str, Line]) -> dict[str, tuple[list[float], float]]:
+        """For each line differences to that of `against`, seed by seed, and p over documents after Holm's correction.
 
         The p value speaks of other text, at these seeds: documents' differences, averaged over seeds, under random
         signs, domains counting alike.
         """
-        first, found = lines[0], {}
-        for line in lines[1:]:
+        found = {}
+        for line in lines:
+            first = against[line.name]
+            if first is line:
+                continue
             pairs = [(mine, theirs) for mine in line.ended for theirs in first.ended if mine["seed"] == theirs["seed"]]
             if not pairs:
                 continue

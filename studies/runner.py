@@ -118,12 +118,12 @@ def collect(asked: Sequence[Question], size: Size, places: Places, *, source: st
     parent = json.loads((places.folder / "parent.json").read_bytes())
     write_atomic(out / "parent.json", _compact({"size": size.name, **parent}))
     for question in asked:
-        keys: dict[str, list[str]] = {}
+        keys: dict[str, list[str]] = {setting.name: [] for setting in question.settings}
         lines = []
         for job in jobs:
             own = [name.split(": ", 1)[1] for name in job.names if name.startswith(f"{question.name}: ")]
             for name in own:
-                keys.setdefault(name, []).append(job.key)
+                keys[name].append(job.key)
             path = places.run(job) / "result.json"
             if own and job.key not in seen and path.exists():
                 seen.add(job.key)

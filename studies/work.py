@@ -76,7 +76,7 @@ def run(job: Job, places: Places, *, on_progress: Progress = quiet) -> dict[str,
         }
         read = trained.steps * spec["pretrain"]["batch_size"] * SEQ_LEN
         result |= {"parameters": trained.parameters, "tokens": tokens_before + read}
-        result |= {"tokens_per_second": round(trained.tokens_per_second or 0), "runtime": trained.runtime}
+        result["tokens_per_second"] = round(trained.tokens_per_second or 0)
         history = trained.weight_history
     except NumericalError as error:
         result |= {"diverged": error.found, "tokens": 0}

@@ -80,23 +80,26 @@ conclusions are written by people.
   {found.parent_loss:.3f} nats a token. Arms of a seed read the same batches, unless text or weights differ.
 - Loss: mean over the seven domains of the nats a token of whole documents cut to one window
   ({sum(map(len, found.parent["document_tokens"].values()))} documents), in float32 at the end of training; ± is the
-  standard deviation over seeds. `change` is against the first row under the same seed; p is of a paired test (random
+  standard deviation over seeds. `change` is against the first row (of the same
+  active share, where there are two) under the same seed; p is of a paired test (random
   signs) over documents, averaged over seeds, after Holm's correction over the table: it speaks of other text. The last
   column says in how many seeds the change has the sign of the mean: a row is better or worse where both agree.
-- `gap closed` is the share of the way from the first row's loss before training to the parent's loss.
-- Figures leave out the loss before training; the dashed line is the parent; bands are all seeds."""
+- `gap closed` is the share of the way from that row's loss before training to the parent's loss.
+- Figures of losses leave out that before training; the dashed line is the parent; bands are all seeds."""
 
 
 def _section(found: Findings, question: Question, lines: Sequence[Line], kept: Mapping[str, str]) -> list[str]:
-    tests, start = found.tests(lines), statistics.fmean(lines[0].start)
+    by_name = {line.name: line for line in lines}
+    against = {setting.name: by_name.get(setting.against, lines[0]) for setting in question.settings}
+    tests = found.tests(lines, against)
     routed = any("entropy" in run for line in lines for run in line.runs)
     head = ["setting", "runs", "before", "loss", "change", "p", "seeds", "gap closed"]
     head += ["entropy", "idle", "busiest"] * routed + ["M tokens", "tokens/s", "s a run"]
-    rows = [_row(found, line, tests.get(line.name), start, routed=routed) for line in lines]
+    rows = [_row(found, line, tests.get(line.name), against[line.name], routed=routed) for line in lines]
     parts = [f"## {question.title}", f"Answers to {question.paper}. {question.about}"]
     parts += [f"![{question.title}](study/{question.name}.png)", _table(head, rows)]
     if any(panel.metric == "closed" for panel in question.panels):
-        parts.append(_closing(found, lines, start))
+        parts.append(_closing(found, lines, statistics.fmean(lines[0].start)))
     command = f"python -m studies.runner --only {question.name}"
     seconds = sum(run["seconds"] for line in lines for run in line.runs)
     parts.append(f"`{command}`; {seconds / 60:.0f} minutes of runs, those shared with other questions included.")
@@ -104,7 +107,7 @@ def _section(found: Findings, question: Question, lines: Sequence[Line], kept: M
 
 
 def _row(
-    found: Findings, line: Line, test: tuple[list[float], float] | None, start: float, *, routed: bool
+    found: Findings, line: Line, test: tuple[list[float], float] | None, against: Line, *, routed: bool
 ) -> list[str]:
     diverged = len(line.runs) - len(line.ended)
     runs = f"{len(line.runs)}" + f", {diverged} diverged" * bool(diverged)
@@ -118,7 +121,7 @@ def _row(
         verdict = " **better**" if p < 0.05 and agree == len(gaps) and mean < 0 else ""
         verdict = " **worse**" if p < 0.05 and agree == len(gaps) and mean > 0 else verdict
         row += [spread(gaps, sign=True), f"{p:.2g}", f"{agree}/{len(gaps)}{verdict}"]
-    ends = [values[-1] for values in line.curve("heldout")[1]]
+    start, ends = statistics.fmean(against.start), [values[-1] for values in line.curve("heldout")[1]]
     closed = [100 * (start - end) / (start - found.parent_heldout) for end in ends]
     row.append(f"{spread(closed, 1)} %" if closed else "")
     for metric in ("entropy", "idle", "busiest") if routed else ():
@@ -164,7 +167,7 @@ def _axis(found: Findings, lines: Sequence[Line], panel: Panel) -> Axis:
 
 def _draw(axes: Axes, *, curves: Sequence[tuple[str, Any, Any]], label: str, level: float | None) -> None:
     for index, (name, tokens, rows) in enumerate(curves):
-        first = 1 if level is not None and len(tokens) > 2 else 0
+        first = 1 if label == LABELS["heldout"] and len(tokens) > 2 else 0
         style = look(index)
         axes.plot(tokens[first:], rows[:, first:].mean(axis=0), label=name, markersize=3.5, linewidth=1.3, **style)
         low, high = rows[:, first:].min(axis=0), rows[:, first:].max(axis=0)

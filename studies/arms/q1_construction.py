@@ -31,13 +31,10 @@ QUESTION = Question(
     title="Construction methods, static control, router initialisation",
     paper="figure 3 a, b",
     about="The static control is the parent pruned to the same active width, by activation, and trained alike.",
-    settings=tuple(
-        Setting(name, changes)
-        for name, changes in (
-            *((f"{name} 50 %", changes) for name, changes in HALF.items()),
-            *((f"{name} 25 %", changes) for name, changes in QUARTER.items()),
-            *((f"{name} 50 %", changes) for name, changes in ROUTED.items()),
-        )
+    settings=(
+        *(Setting(f"{name} 50 %", changes) for name, changes in HALF.items()),
+        *(Setting(f"{name} 25 %", changes, against="random 25 %") for name, changes in QUARTER.items()),
+        *(Setting(f"{name} 50 %", changes) for name, changes in ROUTED.items()),
     ),
     panels=(
         Panel("50 % of the FFN active", settings=tuple(f"{name} 50 %" for name in HALF)),

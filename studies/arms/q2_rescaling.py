@@ -21,7 +21,7 @@ QUESTION = Question(
     "down_proj while training where nothing else is said; the others (norm, measured) train folded.",
     settings=(
         *(Setting(f"{name} 50 %", changes) for name, changes in HALF.items()),
-        *(Setting(f"{name} 25 %", changes) for name, changes in QUARTER.items()),
+        *(Setting(f"{name} 25 %", changes, against="E/K (paper) 25 %") for name, changes in QUARTER.items()),
     ),
     panels=(
         Panel("50 % of the FFN active", settings=tuple(f"{name} 50 %" for name in HALF)),

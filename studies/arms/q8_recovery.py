@@ -5,7 +5,7 @@ from studies.design import Changes, Panel, Question, Setting
 FITTED = {"plan.router": "regressed", "plan.scale": "measured"}  # what can be had before any training
 RECOVERED = {"recover": {"tokens": 98_304}}  # counted as tokens of the run
 TAUGHT = {"pretrain.teacher": "parent"}
-ALL_ON = {"pretrain.router": "dense_mi", "pretrain.arguments": {"anneal": (0.0, 0.5)}}  # until half of the run
+ALL_ON = {"pretrain.router": "dense_mi", "pretrain.arguments": {"anneal": (0.0, 0.2)}}  # in the first fifth of the run
 WAYS: dict[str, Changes] = {
     "plain": {},
     "fitted start": FITTED,
@@ -30,7 +30,7 @@ QUESTION = Question(
     about="50 % of the FFN active. The gap is from the plain mixture before training to the parent, for all alike; "
     "tokens that `recover` reads count. The last row is the long run: 5 % of what the parent was trained on.",
     settings=(
-        *(Setting(name, {"tokens": 2.0, "evals": 24, **changes}) for name, changes in WAYS.items()),
+        *(Setting(name, {"evals": 16, **changes}) for name, changes in WAYS.items()),
         Setting(LONG, {"tokens": "headline", "evals": 24, **WAYS[BEST]}),
     ),
     panels=(
