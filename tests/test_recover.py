@@ -22,6 +22,7 @@ from prismoe.recover.choice import choose_top_k
 from prismoe.recover.learn import Lesson, measure, squared_error
 from prismoe.targets import find_target
 from prismoe.train.model import load_model
+from prismoe.train.pretrain import PretrainConfig, pretrain
 from prismoe.verify.stock import find_router
 from tests.tiny import tiny_dense
 from tests.training import domain_folder
@@ -307,11 +308,18 @@ def test_a_budget_by_layer_where_the_architecture_has_one(tmp_path: Path) -> Non
     assert config["moe_topk"] == ks
     assert "num_experts_per_tok" not in config
     assert not (tmp_path / "out" / "moe.plan").exists()
-    assert "moe.plan was left behind" in found.warnings[-1]
+    assert [warning.partition(":")[0] for warning in found.warnings[-2:]] == [
+        f"layer {ks.index(1)} gives a token one expert",
+        "moe.plan was left behind",
+    ]
     model = load_model(tmp_path / "out")
     assert [find_router(layer)[0].top_k for layer in model.model.layers] == ks
     own, parent = (outputs(one, held_out_of_learning(domain, found)) for one in (model, load_model(dense)))
     assert distance(own[0][0], parent[0][0]) == pytest.approx(found.layers[0].after, rel=1e-4)
+    settings = PretrainConfig(steps=2, seq_len=16, batch_size=2, warmup_steps=0, router="frozen", device="cpu")
+    trained = pretrain(tmp_path / "out", settings, domains=[domain], out=tmp_path / "trained")
+    assert trained is not None
+    assert json.loads((trained.model / "config.json").read_bytes())["moe_topk"] == ks
     spent = work(dense, moe, domain, tmp_path / "spent", budget=1.5)
     assert sum(layer.top_k for layer in spent.layers) <= 3
 

@@ -216,6 +216,10 @@ def _warnings(job: Job, layers: list[dict[str, Any]]) -> Iterable[str]:
     idle = sum(share == 0 for row in layers for share in row["load"])
     if idle:
         yield f"{idle} experts got no token of the text that was kept back: a higher recover.balance keeps them in use"
+    alone = [str(row["layer"]) for row in layers if row["top_k"] == 1 < job.learning_k]
+    if alone:
+        why = "where weights are divided by their sum no text teaches its router; pretrain with router=frozen"
+        yield f"layer {', '.join(alone)} gives a token one expert: {why}"
     if job.plan is not None and len({row["top_k"] for row in layers}) > 1:
         yield "moe.plan was left behind: it has one K for all layers"
 

@@ -35,6 +35,7 @@ from prismoe.train.experts import experts_functions, experts_of, rule
 from prismoe.train.model import empty_model
 from prismoe.train.origin import Origin
 from prismoe.train.settings import PretrainConfig
+from prismoe.train.speed import experts_per_token
 
 __all__ = ["CHOICE", "Trial", "chosen_experts", "try_experts"]
 
@@ -116,7 +117,7 @@ def _trial(origin: Origin, config: PretrainConfig, engine: Engine) -> Trial:
     return try_experts(
         experts_of(model)[0],
         tokens=(config.micro_batch_size or config.batch_size // engine.world) * config.seq_len,
-        top_k=model.config.num_experts_per_tok,
+        top_k=experts_per_token(model.config)[0],
         device=engine.device,
         bf16=config.precision == "bf16",
         apart=engine.layout.experts,

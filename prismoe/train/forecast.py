@@ -32,7 +32,7 @@ from prismoe.train.logits import logit_bytes
 from prismoe.train.model import empty_model
 from prismoe.train.routers import arguments_of, experts_of_run
 from prismoe.train.settings import PretrainConfig
-from prismoe.train.speed import flops_per_token, hardware_peak
+from prismoe.train.speed import experts_per_token, flops_per_token, hardware_peak
 
 __all__ = ["Forecast", "forecast"]
 
@@ -167,9 +167,9 @@ def _groups(model: Any, layout: Layout) -> list[int]:
 
 def _experts(shape: Any, config: PretrainConfig) -> tuple[int, float]:
     """To how many experts a token is sent: at most, and on average over the run; 0 in a dense model."""
-    top_k, experts = getattr(shape, "num_experts_per_tok", 0) or 0, num_experts(shape.to_dict())
-    if not experts:
-        return top_k, top_k
+    (top_k, mean), experts = experts_per_token(shape), num_experts(shape.to_dict())
+    if not experts or mean < top_k:
+        return top_k, mean
     own = arguments_of(config.router, config.arguments)
     return experts_of_run(config.router, own, steps=config.steps, num_experts=experts, top_k=top_k)
 

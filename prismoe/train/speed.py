@@ -22,7 +22,7 @@ from typing import Any
 from prismoe.errors import UsageError
 from prismoe.room import unwritten
 
-__all__ = ["PEAK_TFLOPS", "TIMING", "Timing", "flops_per_token", "hardware_peak", "peak_flops"]
+__all__ = ["PEAK_TFLOPS", "TIMING", "Timing", "experts_per_token", "flops_per_token", "hardware_peak", "peak_flops"]
 
 TIMING = "timing.jsonl"
 
@@ -60,12 +60,19 @@ def hardware_peak(name: str) -> float:
     return peak
 
 
+def experts_per_token(config: Any) -> tuple[int, float]:
+    """Experts that a stock config sends a token to: at most, and on average over layers that may differ; 0 if dense."""
+    found = getattr(config, "num_experts_per_tok", 0) or 0
+    each = found if isinstance(found, list) else [found]
+    return max(each), sum(each) / len(each)
+
+
 def flops_per_token(model: Any, *, seq_len: int, top_k: float | None = None) -> float:
     """Model FLOPs of one token of training, see above. `model` may be on the meta device or sharded; `top_k` is how
     many experts a token is sent to where that is not what its config says."""
     config = model.config
     if top_k is None:
-        top_k = getattr(config, "num_experts_per_tok", 0) or 0
+        _, top_k = experts_per_token(config)
     embedding = model.get_input_embeddings().weight
     products = 0.0
     for parameter in model.parameters():
