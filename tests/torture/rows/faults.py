@@ -64,34 +64,25 @@ def _weights(place: Place) -> Outcome:
 
 
 def _refused(place: Place, case: Weight) -> str | None:
-    """Text is prepared with the source as it was; then the number is planted."""
-    tuned, reads_text = case.verb == "tune", case.verb in ("calibrate", "pretrain")
-    source, prepared, out = (Path(name).absolute() for name in ("damaged", "prepared", "run"))
+    """What comes before the verb takes no harm from the number: a random plan, and text."""
+    tuned, source, out = case.verb == "tune", Path("damaged").absolute(), Path("run").absolute()
     for folder in (source, out):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(place.folder / ("talk/mixture" if tuned else "inputs/dense"), source)
-    words = [str(place.tuning if tuned else place.config), f"source={source}"]
+    words = [str(place.tuning if tuned else place.config), "--out", str(out), f"source={source}"]
     if not tuned:
         words += ["pretrain.model=dense", "plan.method=clustering" if case.verb == "plan" else "plan.method=random"]
         words += ["calibrate.max_tokens=200", "calibrate.seq_len=16"] if case.verb == "calibrate" else []
-    if reads_text and not prepared.exists():
-        _command("prepare", *words, "--out", str(prepared))
-    if reads_text:
-        shutil.copytree(prepared, out)
     name = _plant(source / "model.safetensors", case.tensor, float(case.value))
-    if case.verb == "convert":
-        _command("plan", *words, "--out", str(out))
+    if before := {"convert": "plan", "calibrate": "prepare", "pretrain": "prepare"}.get(case.verb):
+        done = command([before, *words], log=Path("log"))
+        assert done.code == 0, done.error[-600:]
     there = {path for path in out.rglob("*") if path.suffix in (".safetensors", ".npy")}
-    done = command([case.verb, *words, "--out", str(out)], log=Path("log"))
+    done = command([case.verb, *words], log=Path("log"))
     if done.code not in (3, 5) or name not in done.last_line:
         return f"exit {done.code}, {done.last_line[:200]}"
     left = {path for path in out.rglob("*") if path.suffix in (".safetensors", ".npy")} - there
     return f"left {sorted(map(str, left))[:2]}" if left else None
-
-
-def _command(*words: str) -> None:
-    done = command(words, log=Path("log"))
-    assert done.code == 0, done.error[-600:]
 
 
 def _plant(path: Path, name: str, value: float) -> str:
