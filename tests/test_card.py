@@ -12,7 +12,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 from prismoe.folder import Manifest
-from prismoe.report import write_report
 from prismoe.report.card import NAME, write_cards
 from prismoe.report.page import Findings
 from prismoe.state import read_state
@@ -104,10 +103,10 @@ def test_a_card_that_a_person_wrote_or_changed_is_left_alone(tmp_path: Path) -> 
     own.write_text("# Mine\n")
     changed.write_text(changed.read_text().replace("# ", "# My ", 1))
     before = own.read_text(), changed.read_text()
-    write_report(out)
+    write_cards(findings(out))
     assert (own.read_text(), changed.read_text()) == before
     changed.unlink()
-    write_report(out)
+    write_cards(findings(out))
     assert re.search(r"<!-- prismoe [0-9a-f]{16} -->\n$", changed.read_text())
 
 

@@ -156,36 +156,43 @@ def test_stopped_three_times(tmp_path, source, domains, unstopped):
 
 KILLED = """
 import os, signal, sys
-from prismoe.train.pretrain import PretrainConfig, pretrain
-source, out, first, second, at = sys.argv[1:]
-count = 0
-def counted(function):
-    def call(*args, **kwargs):
-        global count
-        count += 1
-        if count == int(at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return call
+import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
+from prismoe.train.pretrain import pretrain
 from tests.test_resume import CONFIG
-import torch
-os.fsync = counted(os.fsync)
-pretrain(source, CONFIG, domains=[first, second], out=out)
-print("fsyncs", count)
+source, folder, first, second, *points = sys.argv[1:]
+real, left = os.fsync, 0
+def counted(handle):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(handle)
+os.fsync = counted
+for point in points:  # a process each, of one that has imported everything
+    left = int(point)
+    child = os.fork()
+    if child == 0:
+        pretrain(source, CONFIG, domains=[first, second], out=f"{folder}/{point}")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+POINTS = (3, 8, 14, 22)
 
 
-def run_child(source, out, domains, at):
-    arguments = [sys.executable, "-c", KILLED, str(source), str(out), *map(str, domains), str(at)]
-    root = Path(__file__).resolve().parent.parent
-    return subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, source, domains):
+    """Runs that were killed at these fsyncs, by their number."""
+    folder = tmp_path_factory.mktemp("killed")
+    words = [sys.executable, "-c", KILLED, *map(str, (source, folder, *domains, *POINTS))]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(POINTS), done.stderr
+    return folder
 
 
-@pytest.mark.parametrize("at", [3, 8, 14, 22])
-def test_killed_at_a_sync(tmp_path, source, domains, unstopped, at):
+@pytest.mark.parametrize("at", POINTS)
+def test_killed_at_a_sync(source, domains, unstopped, killed, at):
     """kill -9 at several fsyncs (marker, checkpoint state, its manifest, log, model files, manifests)."""
-    out = tmp_path / "out"
-    assert run_child(source, out, domains, at).returncode == -signal.SIGKILL
+    out = killed / str(at)
     assert Manifest.read(out) is None
     pretrain(source, CONFIG, domains=domains, out=out)
     assert contents(out) == unstopped
