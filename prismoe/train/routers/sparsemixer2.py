@@ -11,8 +11,8 @@ weight k sends ∂w/∂z = w · ∂ log π_k(drawn)/∂z, w without the factor: 
 [f(w) - f(0)] ∂ log π_k, the gradient of the discrete choice, where the difference is taken by Heun's rule with nodes
 w/3 and w, exact for cubic f. In evaluation the stock router speaks: the K greatest logits, which are the likeliest.
 
-The published weights are π_k(drawn) themselves, so that two of them add up to between 2/E and 2; a stock class knows
-nothing of that, hence its own here (the same with K = 1, a large jitter and weights that are not renormalised). The
+The published weights are π_k(drawn) themselves, and two of them add up to anything below 2; a stock class knows nothing
+of that, hence its own here (the same with K = 1, a large jitter and softmax weights that are not renormalised). The
 paper has K of 1 and 2; more are drawn in the same way. Draws are a hash of the token's place (see `noise`). It does
 not balance: give it beside `switch`, whose shares are of the whole global batch, as the paper's.
 """
@@ -109,6 +109,11 @@ class SparseMixer2(Policy):
             return {}
         explored, candidates, draws = self._all_reduce(self._counts.double()).tolist()
         return {"explored": explored / draws, "candidates": candidates / draws}
+
+    def detach(self) -> None:
+        super().detach()
+        for router in self.routers:
+            router.estimated = False
 
     def _change(self, layer: int) -> Change:
         import torch
