@@ -52,8 +52,8 @@ def test_damage_that_nobody_notices_is_told(tmp_path: Path) -> None:
     (tmp_path / "listed").write_bytes(b"hashed")
     (tmp_path / "other").write_bytes(b"not hashed")
     Manifest(kind="test", parents={}, config={}, files=hash_files(tmp_path, ["listed"])).write(tmp_path)
-    cases = [("listed", b"hashfd"), ("listed", b"has"), ("other", b"not hashdd")]
-    found = [_case(tmp_path, check_once, tmp_path / name, data, b"hashed")() for name, data in cases]
+    cases = [("listed", False), ("listed", True), ("other", False)]
+    found = [_case(tmp_path, check_once, tmp_path / name, b"hashed", 13, cut=cut)() for name, cut in cases]
     assert found == [None, None, "not detected"]
     assert (tmp_path / "listed").read_bytes() == b"hashed"
 

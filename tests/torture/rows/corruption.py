@@ -14,7 +14,7 @@ from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 from tests.torture.processes import Finished, command
 
-SECONDS = 60
+SECONDS = 40
 MANY = ("a checkpoint", "token shards", "a plan")  # what the promise is about; the others are tried a tenth as often
 CALIBRATE = ["seq_len=16", "max_tokens=512", "sample_tokens=64", "quantities=[activation, marks]"]
 
@@ -32,7 +32,7 @@ def run(place: Place) -> Iterator[Outcome]:
             path = files[number % len(files)]
             cut, at = number // len(files) % 4 == 3, place.draw.randrange(8 * path.stat().st_size)
             name = f"{number}: {path.relative_to(folder)}, {_how(at, cut=cut)}"
-            cases[name] = _case(folder, opens, path, _damaged(wholes[path], at, cut=cut), wholes[path])
+            cases[name] = _case(folder, opens, path, wholes[path], at, cut=cut)
         found = dict(zip(cases, attempt(list(cases.values())), strict=True))
         yield Outcome.of(
             f"corruption of {what}: flips and cuts in {len(files)} files, detected on load", found, goal=count
@@ -53,11 +53,11 @@ def _damaged(whole: bytes, at: int, *, cut: bool) -> bytes:
     return whole[: at // 8] if cut else flipped(whole, at)
 
 
-def _case(folder: Path, opens: Opens, path: Path, damaged: bytes, whole: bytes) -> Case:
+def _case(folder: Path, opens: Opens, path: Path, whole: bytes, at: int, *, cut: bool) -> Case:
     def case() -> str | None:
         folders._intact.clear()  # nothing is known of the files, as in a process that starts
         try:
-            path.write_bytes(damaged)
+            path.write_bytes(_damaged(whole, at, cut=cut))
             opens(folder)
             return "not detected"
         except PrismoeError as error:

@@ -20,7 +20,7 @@ from tests.torture.place import Place
 
 SECONDS = 60
 SHORT, FULL = 5000, 20_000
-TURN = 50  # mutations of one kind that a process does
+TURN = 100  # mutations of one kind that a process does
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q:' + m['content'] }}{% else %}{{ 'A:' }}"
     "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -35,7 +35,7 @@ class Target:
     file: str
     breaks: Breaks
     opens: Callable[[Path], Any]
-    share: int = 1  # of the mutations
+    share: int = 4  # of the mutations
 
 
 def run(place: Place) -> Iterator[Outcome]:
@@ -176,22 +176,22 @@ def _targets() -> dict[str, Target]:
         open_template("model", tokenizer=found).close()
 
     return {
-        "safetensors header": Target("model.safetensors", broken_sealed, checkpoint, 3),
-        "index": Target("model.safetensors.index.json", _json, checkpoint, 2),
-        "config.json": Target("config.json", _json, checkpoint, 3),
+        "safetensors header": Target("model.safetensors", broken_sealed, checkpoint, 12),
+        "index": Target("model.safetensors.index.json", _json, checkpoint, 8),
+        "config.json": Target("config.json", _json, checkpoint, 12),
         "stock config.json": Target("config.json", _json, load_model),
-        "plan": Target("plan.safetensors", _inside("plan"), lambda f: Plan.load(f / "plan.safetensors"), 3),
-        "config YAML": Target("run.yaml", _yaml, lambda f: load_config(f / "run.yaml"), 2),
-        "domain manifest": Target("manifest.json", _manifest, domain, 2),
+        "plan": Target("plan.safetensors", _inside("plan"), lambda f: Plan.load(f / "plan.safetensors"), 12),
+        "config YAML": Target("run.yaml", _yaml, lambda f: load_config(f / "run.yaml"), 8),
+        "domain manifest": Target("manifest.json", _manifest, domain, 8),
         "ends of documents": Target("heldout.ends", _unlisted, domain),
         "calibration manifest": Target("manifest.json", _manifest, calibration),
-        "tokenizer.json": Target("tokenizer.json", _json, tokenizer, 2),
+        "tokenizer.json": Target("tokenizer.json", _json, tokenizer, 8),
         "tokenizer_config.json": Target("tokenizer_config.json", _json, tokenizer),
-        **{kind: Target(file, breaks, chat) for kind, (file, breaks) in CHATS.items()},
+        **{kind: Target(file, breaks, chat, 1) for kind, (file, breaks) in CHATS.items()},
         "mark": Target("prismoe.json", _json, read_mark),
         "run state": Target("run.json", _json, read_state),
         "calibrated sequences": Target(SEQUENCES, broken_sealed, sequences),
-        "routing trace": Target("trace.safetensors", _inside("trace"), RoutingTrace.open, 2),
+        "routing trace": Target("trace.safetensors", _inside("trace"), RoutingTrace.open, 8),
         "statistics": Target(
             "layer.safetensors", _inside("scalars"), lambda f: NeuronStats.load(f / "layer.safetensors")
         ),
