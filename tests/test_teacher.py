@@ -206,15 +206,17 @@ def test_a_mixture_with_all_experts_on_begins_as_its_teacher(ground, tmp_path):
 def test_a_weight_of_zero_is_no_teacher_and_the_text_is_counted_as_before(ground, tmp_path):
     plan = make_plan(ground / "dense", method="random", num_experts=4, top_k=2)
     settings = {"none": {}, "zero": {"teacher": "source", "teacher_weight": 0.0}, "on": {"teacher": "source"}}
+    settings["scratch"] = {"teacher": "source", "init": "random"}
     receipts = {name: trained(ground, tmp_path / name, plan, **more) for name, more in settings.items()}
     files = ("model/model.safetensors", "metrics.jsonl")
-    none, zero, on = ([(tmp_path / name / file).read_bytes() for file in files] for name in settings)
+    none, zero, on, _ = ([(tmp_path / name / file).read_bytes() for file in files] for name in settings)
     assert none == zero
     assert none[0] != on[0]
     assert steps(tmp_path / "on")[0]["loss"] == steps(tmp_path / "none")[0]["loss"]
     assert receipts["none"].teacher_loss is receipts["zero"].teacher_loss is None
     lines = steps(tmp_path / "on")
     assert receipts["on"].teacher_loss == (lines[0]["teacher_loss"], lines[-1]["teacher_loss"])
+    assert receipts["scratch"].teacher_loss[0] > 1.0
     assert receipts["on"].heldout_before == receipts["none"].heldout_before
 
 

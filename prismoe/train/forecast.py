@@ -22,7 +22,7 @@ of it; with experts apart, 4 times K · D a token and layer, (e-1)/e of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prismoe.train.engine.layout import Layout
@@ -112,11 +112,11 @@ def forecast(
     per_token = flops_per_token(model, seq_len=config.seq_len, top_k=mean)
     sent, taught = _sent(model, layout, micro_batches=micro_batches, tokens=tokens, item=item, top_k=most), 0
     if teacher is not None:
-        frozen = empty_model(teacher, where="the teacher")
-        taught = MASTER * sum(layout.held(parameter.shape) for parameter in frozen.parameters())
-        taught += sum(sorted(_groups(frozen, layout))[-2:]) * item if layout.shard > 1 else 0
+        frozen, whole = empty_model(teacher, where="the teacher"), replace(layout, experts=1)
+        taught = MASTER * sum(whole.held(parameter.shape) for parameter in frozen.parameters())
+        taught += sum(sorted(_groups(frozen, whole))[-2:]) * item if layout.shard > 1 else 0
         per_token += flops_per_token(frozen, seq_len=config.seq_len) / 3  # no backward pass
-        more = _sent(frozen, layout, micro_batches=micro_batches, tokens=tokens, item=item, top_k=0)
+        more = _sent(frozen, whole, micro_batches=micro_batches, tokens=tokens, item=item, top_k=0)
         sent |= {"all_gather": sent["all_gather"] + more["all_gather"] // 2}
     memory = MASTER * 4 * held + gathered + activations + logits + taught
     rate = layout.world * hardware_peak(config.hardware) * ASSUMED_MFU / per_token if config.hardware else None

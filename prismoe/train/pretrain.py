@@ -145,13 +145,15 @@ def pretrain(
     if teacher is not None:
         check_teacher(teacher, origin.config, config=config, tokenizer_sha256=mixture.domains[0].tokenizer_sha256)
         config = replace(config, teacher=teacher.fingerprint)  # by what it is, not by where it lies
+        teacher = teacher if config.teacher_weight else None
     layout = Layout(world=launched()[1], replicate=config.replicate, experts=config.expert_parallel)
     layout.check(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, num_experts=origin.num_experts)
     if config.init == "source":
-        taught = Origin.folder(teacher).num_parameters if teacher is not None and config.teacher_weight else 0
-        check_room(out, config, layout, origin.config, num_parameters=origin.num_parameters, num_taught=taught)
+        check_room(
+            out, config, layout, origin.config, num_parameters=origin.num_parameters, num_taught=_num_taught(teacher)
+        )
     parents = {**origin.parents, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
-    parents |= {} if teacher is None else {"teacher": teacher.fingerprint}
+    parents |= {"teacher": config.teacher} if config.teacher else {}
     decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
     if origin.num_experts:  # balance statistics are those of what all processes compute at once
         decisive["sequences_at_once"] = config.micro_batch_size * layout.world or config.batch_size
@@ -246,10 +248,17 @@ def _train(
             check_apart(model, seq_len=config.seq_len, bf16=config.precision == "bf16")
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.init == "random":
-            check_room(out, config, engine.layout, model.config.to_dict(), num_parameters=num_parameters)
+            check_room(
+                out,
+                config,
+                engine.layout,
+                model.config.to_dict(),
+                num_parameters=num_parameters,
+                num_taught=_num_taught(teacher),
+            )
         plan = origin.plan() if config.init == "source" else None
         learned_from = None
-        if teacher is not None and config.teacher_weight:
+        if teacher is not None:
             engine.at("reading the weights of the teacher")
             learned_from = Teacher.load(teacher, config, engine)
         finished = train(
@@ -317,6 +326,10 @@ def _teacher(config: PretrainConfig, checkpoint: Checkpoint, origin: Origin, *, 
             "source, but a mixture is trained as it is", where="pretrain.teacher", needed="its dense source's folder"
         )
     return checkpoint
+
+
+def _num_taught(teacher: Checkpoint | None) -> int:
+    return Origin.folder(teacher).num_parameters if teacher is not None else 0
 
 
 def _mixing(config: PretrainConfig, mixture: Mixture) -> tuple[Mixing, PretrainConfig]:

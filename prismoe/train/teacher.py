@@ -7,6 +7,8 @@ goes on loads it again. Processes hold it in parts, as they do the student.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,8 +44,9 @@ class Teacher:
             InputError: a tensor is missing, left over, of the wrong shape or not finite.
             UsageError: `attend` is "document" and it does not keep documents apart.
         """
-        bf16 = config.precision == "bf16"
-        model = place_model(Origin.folder(checkpoint), engine, bf16=bf16, compiled=config.compile)
+        bf16, whole = config.precision == "bf16", copy(engine)
+        whole.layout = replace(engine.layout, experts=1)  # it may have none, or another number
+        model = place_model(Origin.folder(checkpoint), whole, bf16=bf16, compiled=config.compile)
         model.eval().requires_grad_(False)
         if config.attend == "document":
             check_apart(model, seq_len=config.seq_len, bf16=bf16)
