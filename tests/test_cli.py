@@ -48,7 +48,7 @@ def test_help_names_every_verb_and_exit_code(capsys: pytest.CaptureFixture[str])
     assert set(VERBS) == {
         *("plan", "convert", "verify", "prepare", "calibrate", "pretrain", "eval", "report", "run"),
         *("import", "densify", "show", "sift", "train-filter", "reference-loss", "doctor", "demo"),
-        *("trace", "tune", "similarity", "prune-experts", "chat", "generate", "mt-bench"),
+        *("trace", "tune", "similarity", "prune-experts", "chat", "generate", "mt-bench", "recover"),
     }
     assert all(f"\n  {verb} " in page for verb in VERBS)
     assert all(code in page for code in ("2 usage", "3 bad input", "4 resources", "5 numerical", "75 interrupted"))
