@@ -1,9 +1,10 @@
 """Several `pretrain` runs, one after the other, in each of N processes: what a launcher starts in the tests.
 
-`python -m tests.ranks JOBS.json`; a job is {"source", "out", "domains", "config"} and may have "plan", "pad_to",
+`python -m tests.ranks JOBS.json N`; a job is {"source", "out", "domains", "config"} and may have "plan", "pad_to",
 "stop_at" (rank 1 gets a real SIGTERM after that step), "full_at" (its disk takes no large file from that step on; what
 all say of it goes to `full-RANK.txt`), "rows" (the loss is computed for so many tokens at a time) or, for the last one,
-"die_at" (a SIGKILL; what the others say of it goes to `lost.txt`). One process importing torch serves all jobs.
+"die_at" (a SIGKILL; what the others say of it goes to `lost.txt`). One process imports torch for all jobs and ranks,
+which are forked from it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDED = (
+    *("prismoe.train.pretrain", "prismoe.train.engine.placement", "torch.distributed.fsdp"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral"),
+)
 
 
 def launch(jobs: Sequence[dict[str, Any]], folder: Path, *, world: int, timeout: float = 240) -> None:
@@ -34,27 +41,39 @@ def launch(jobs: Sequence[dict[str, Any]], folder: Path, *, world: int, timeout:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **shared, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", str(path)],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "tests.ranks", str(path), str(world)],
+        cwd=ROOT,
+        env={**os.environ, **shared, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        printed = [child.communicate(timeout=timeout)[1] for child in children]
+        told, printed = parent.communicate(timeout=timeout)
     finally:
-        for child in children:
-            child.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)  # ranks that wait for one that is gone
     dead = [-signal.SIGKILL if rank == 1 and "die_at" in jobs[-1] else 0 for rank in range(world)]
-    assert [child.returncode for child in children] == dead, "\n".join(printed)[-6000:]
+    assert told.splitlines()[-1:] == [json.dumps(dead)], f"{told}\n{printed}"[-6000:]
 
 
-def main(path: str) -> None:
+def main(path: str, world: int) -> None:
+    for name in NEEDED:
+        import_module(name)
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            run(path)
+            return
+        children.append(child)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+
+
+def run(path: str) -> None:
     from prismoe.errors import InterruptedRun, ResourceError
     from prismoe.plan import Plan
     from prismoe.train import logits
@@ -105,4 +124,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
