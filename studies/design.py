@@ -104,7 +104,7 @@ SIZES = {
     for size in (
         Size(
             name="small",
-            tokens=245_760,
+            tokens=163_840,
             headline=0.05,
             seeds=(0, 1, 2),
             batch_size=8,
@@ -112,7 +112,7 @@ SIZES = {
             eval_tokens=2048,
             calibration_tokens=32_768,
             workers=2,
-            tokens_per_second=3_000,
+            tokens_per_second=3_300,
         ),
         Size(
             name="large",
@@ -189,7 +189,7 @@ def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job
 def _relative_cost(spec: Mapping[str, Any]) -> float:
     """Of one token, against one of a mixture that is cut from the parent."""
     plan, pretrain = spec["plan"], spec["pretrain"]
-    taught = 0.4 if pretrain.get("teacher") else 0.0
+    taught = 0.5 if "teacher" in pretrain else 0.0
     if not plan or spec["target"] == "dense":
-        return 0.6 + taught
-    return {"upcycle": 1.8}.get(plan["method"], 1.0) + taught
+        return 0.65 + taught
+    return (1.6 if plan["method"] == "upcycle" else 1.0) + taught
