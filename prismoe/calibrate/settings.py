@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from prismoe import registry
 from prismoe.errors import UsageError
 from prismoe.stats import QUANTITIES
+from prismoe.typed import check_types
 
 __all__ = ["CalibrateConfig"]
 
@@ -52,14 +53,7 @@ class CalibrateConfig:
     save_seconds: Annotated[float, Field(ge=0)] = 30.0
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for item in fields(self):
-            value = getattr(self, item.name)
-            try:
-                TypeAdapter(hints[item.name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]["msg"]
-                raise UsageError(f"{value!r}: {problem}", where=f"calibrate.{item.name}") from error
+        check_types(self, section="calibrate")
         for name in self.quantities:
             if name not in QUANTITIES:
                 hint = registry.suggestion(name, QUANTITIES)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from prismoe.errors import UsageError
+from prismoe.typed import check_types
 
 __all__ = ["RecoverConfig"]
 
@@ -50,13 +51,6 @@ class RecoverConfig:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for item in fields(self):
-            value = getattr(self, item.name)
-            try:
-                TypeAdapter(hints[item.name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]["msg"]
-                raise UsageError(f"{value!r}: {problem}", where=f"recover.{item.name}") from error
+        check_types(self, section="recover")
         if self.budget is not None and self.error is not None:
             raise UsageError("a budget and a largest error", where="recover.error", needed="one of them")

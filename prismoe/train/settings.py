@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from prismoe.errors import UsageError
+from prismoe.typed import check_types
 
 __all__ = ["LATER", "MAY_CHANGE", "PretrainConfig"]
 
@@ -125,14 +126,7 @@ class PretrainConfig:
     hardware: str = ""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for item in fields(self):
-            value = getattr(self, item.name)
-            try:
-                TypeAdapter(hints[item.name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]["msg"]
-                raise UsageError(f"{value!r}: {problem}", where=f"pretrain.{item.name}") from error
+        check_types(self, section="pretrain")
         if self.tokens:
             steps = -(-self.tokens // (self.batch_size * self.seq_len))
             if self.steps not in (type(self).steps, steps):

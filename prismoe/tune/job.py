@@ -22,6 +22,7 @@ from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
 from prismoe.train.engine.layout import launched
 from prismoe.train.origin import Origin
+from prismoe.train.recorded import differences
 from prismoe.train.routers import arguments_of, check_steps
 from prismoe.train.stopping import stop_on_signal
 from prismoe.tune.conversations import find_files
@@ -216,20 +217,12 @@ def _room(origin: Origin, config: TuneConfig, out: Path) -> int:
 def _claimed(out: Path, job: dict[str, Any], *, force: bool) -> Iterator[None]:
     """Hold the folder, after saying what differs where it was begun with something else."""
     path = out / SETTINGS
-    if path.is_file() and not force:
-        before = json.loads(path.read_bytes())
-        changed = [
-            f"{section}.{key} was {json.dumps(old.get(key))[:60]}, is {json.dumps(now.get(key))[:60]}"
-            for section, now, old in ((name, job[name], before.get(name, {})) for name in ("tune", "parents"))
-            for key in sorted({*now, *old})
-            if now.get(key) != old.get(key)
-        ]
-        if changed:
-            raise ResourceError(
-                f"output folder holds a different job ({'; '.join(changed)})",
-                where=str(out),
-                hint=f"--force begins anew, --out elsewhere; only these may change: {', '.join(MAY_CHANGE)}",
-            )
+    if not force and (changed := differences(path, {name: job[name] for name in ("tune", "parents")})):
+        raise ResourceError(
+            f"output folder holds a different job ({'; '.join(changed)})",
+            where=str(out),
+            hint=f"--force begins anew, --out elsewhere; only these may change: {', '.join(MAY_CHANGE)}",
+        )
     with claim(out, kind=KIND, key=_hash(job), force=force):
         if not path.exists():
             write_json_atomic(path, job)

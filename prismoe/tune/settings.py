@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from prismoe.errors import UsageError
+from prismoe.typed import check_types
 
 __all__ = ["MAY_CHANGE", "TuneConfig"]
 
@@ -75,14 +76,7 @@ class TuneConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self), include_extras=True)
-        for item in fields(self):
-            value = getattr(self, item.name)
-            try:
-                TypeAdapter(hints[item.name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
-            except ValidationError as error:
-                problem = error.errors(include_url=False)[0]["msg"]
-                raise UsageError(f"{value!r}: {problem}", where=f"tune.{item.name}") from error
+        check_types(self, section="tune")
         if not re.fullmatch(r"train|freeze|warmup:[1-9]\d{0,8}", self.router_training):
             raise UsageError(
                 repr(self.router_training), where="tune.router_training", needed="train, freeze or warmup:N"
