@@ -129,6 +129,9 @@ def test_loss_and_gradients_on_stock_classes(monkeypatch, student, teacher, rows
     labels_BT[0, 4:7] = labels_BT[2, -1] = -100
     settings = {"text_weight": 0.3, "teacher_weight": 0.7, "teacher_temperature": 2.0, "teacher_top": top}
     lesson = Teacher(known.eval(), PretrainConfig(teacher="source", **settings)).lesson(ids_BT)
+    asked, said = [], lesson.said
+    if not top:
+        lesson.said = lambda part: asked.append(part.stop - part.start) or said(part)
     total, loss_BT = text_loss(learner, ids_BT, labels_BT, num_tokens=17.0, lesson=lesson)
     total.backward()
     got = {name: parameter.grad for name, parameter in learner.named_parameters()}
@@ -152,6 +155,8 @@ def test_loss_and_gradients_on_stock_classes(monkeypatch, student, teacher, rows
     nats = (weight_TV * (log_p_TV - log_q_TV)).sum()
     expected = (0.3 * text + 0.7 * 4 * nats) / 17.0
     expected.backward()
+    in_parts = rows and student != "gemma2"
+    assert asked == ([] if top else [5] * 7 if in_parts else [33])
     rel = 1e-6  # norms of stock classes compute in float32
     assert total.item() == pytest.approx(expected.item(), rel=rel)
     assert lesson.total().item() == pytest.approx(nats.item(), rel=rel)
