@@ -18,8 +18,8 @@ from tests.torture.mutate import broken_bytes, broken_json, broken_sealed
 from tests.torture.outcome import Outcome
 from tests.torture.place import Place
 
-SECONDS = 60
-SHORT, FULL = 5000, 20_000
+SECONDS = 80
+SHORT, FULL = 20_000, 200_000
 TURN = 100  # mutations of one kind that a process does
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ 'Q:' + m['content'] }}{% else %}{{ 'A:' }}"
@@ -70,9 +70,8 @@ def run(place: Place) -> Iterator[Outcome]:
     for kind in made:
         tried = [name for name in cases if name.rpartition(" ")[0] == kind]
         print(f"         {kind}: {sum(cases[name] is None for name in tried)} of {len(tried)}", file=sys.stderr)
-    note = "" if place.full else f"short form; {FULL:,} in the long one"
     what = f"hostile files of {len(made)} kinds: read, or refused in a line that names the file, in 2 s and 1 GiB"
-    yield Outcome.of(what, cases, goal=count, note=note)
+    yield Outcome.of(what, cases, goal=count)
 
 
 def _whole(folder: Path, target: Target) -> str | None:
