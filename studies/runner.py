@@ -16,9 +16,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,17 @@ def _results(
     ignore = (signal.SIGINT, signal.SIG_IGN)
     spawn = multiprocessing.get_context("spawn")
     with _stopped_by_sigterm(), ProcessPoolExecutor(workers, spawn, signal.signal, ignore) as pool:
-        futures: dict[Future[Any], Job] = {pool.submit(_tried, job, places): job for job in todo}
+        rest, running = iter(todo), dict[Future[Any], Job]()
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            while True:
+                # No more than are worked on: what waited in a worker's queue would be begun after a stop.
+                for job in islice(rest, workers - len(running)):
+                    running[pool.submit(_tried, job, places)] = job
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
