@@ -1,11 +1,15 @@
 """A stopped run goes on by the same command and ends with the bytes of one that never stopped."""
 
+import atexit
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,22 +36,30 @@ CONFIG = PretrainConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return tiny_moe(tmp_path_factory.mktemp("source") / "moe")
+@cache
+def made():
+    """A mixture, two domains, and what a run over them leaves that never stopped; once per test process."""
+    folder = Path(tempfile.mkdtemp(prefix="prismoe-unstopped-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = tiny_moe(folder / "moe")
+    domains = [domain_folder(folder / name, tokenizer=source / "tokenizer.json", seed=i) for i, name in enumerate("ab")]
+    pretrain(source, CONFIG, domains=domains, out=folder / "out")
+    return source, domains, contents(folder / "out")
 
 
-@pytest.fixture(scope="module")
-def domains(source, tmp_path_factory):
-    base = tmp_path_factory.mktemp("domains")
-    return [domain_folder(base / name, tokenizer=source / "tokenizer.json", seed=i) for i, name in enumerate("ab")]
+@pytest.fixture
+def source():
+    return made()[0]
 
 
-@pytest.fixture(scope="module")
-def unstopped(source, domains, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unstopped") / "out"
-    pretrain(source, CONFIG, domains=domains, out=out)
-    return contents(out)
+@pytest.fixture
+def domains():
+    return made()[1]
+
+
+@pytest.fixture
+def unstopped():
+    return made()[2]
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -180,9 +192,9 @@ POINTS = (3, 8, 14, 22)
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, source, domains):
+def killed(tmp_path_factory):
     """Runs that were killed at these fsyncs, by their number."""
-    folder = tmp_path_factory.mktemp("killed")
+    folder, (source, domains, _) = tmp_path_factory.mktemp("killed"), made()
     words = [sys.executable, "-c", KILLED, *map(str, (source, folder, *domains, *POINTS))]
     done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(POINTS), done.stderr

@@ -17,26 +17,22 @@ from prismoe.train.engine.layout import Layout
 from prismoe.train.pretrain import pretrain
 from prismoe.train.routers import Policy
 from prismoe.train.saving import Saver
-from tests.test_resume import CONFIG, contents
-from tests.training import domain_folder, tiny_moe
+from tests.test_resume import CONFIG, contents, made
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return tiny_moe(tmp_path_factory.mktemp("source") / "moe")
+@pytest.fixture
+def source():
+    return made()[0]
 
 
-@pytest.fixture(scope="module")
-def domains(source, tmp_path_factory):
-    base = tmp_path_factory.mktemp("domains")
-    return [domain_folder(base / name, tokenizer=source / "tokenizer.json", seed=i) for i, name in enumerate("ab")]
+@pytest.fixture
+def domains():
+    return made()[1]
 
 
-@pytest.fixture(scope="module")
-def unstopped(source, domains, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unstopped") / "out"
-    pretrain(source, CONFIG, domains=domains, out=out)
-    return contents(out)
+@pytest.fixture
+def unstopped():
+    return made()[2]
 
 
 @pytest.fixture
