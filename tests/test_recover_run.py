@@ -65,5 +65,5 @@ def test_wrong_values_are_told_with_their_place(tmp_path: Path) -> None:
         load_config(overrides=["recover.train=all"])
     with pytest.raises(UsageError, match=r"unknown key recover\.budgets"):
         load_config(overrides=["recover.budgets=2"])
-    with pytest.raises(UsageError, match=r"recover\.budget=9: recover\.budget: 9; needed at most 4"):
+    with pytest.raises(UsageError, match=r"recover\.budget=9: 9; needed at most 4"):
         run(config("recover.budget=9", "recover.seq_len=16", out=finished()[0] / "run"), stages=("recover",))
