@@ -14,11 +14,12 @@ from prismoe.report.style import heat_map, name_cells, number_cells
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["heat_panel"]
+__all__ = ["heat_panel", "pair_panel", "spread"]
 
 LETTER = 0.072  # inches of a letter of 8 points
 BAR = 0.85  # inches of the bar with its numbers and its label
 SIDES = {"wide": (1.5, 4.3), "high": (1.5, 6.0)}  # inches of the cells together, least and most
+MOST_LAYERS = 4  # that a figure shows one by one
 NUMBERED = 0.26  # inches that a cell must have to carry a number
 
 
@@ -66,6 +67,28 @@ def heat_panel(
         width=left + inside[0] + BAR,
         height=bottom + inside[1] + head,
         margins=(left, BAR, bottom, head),
+    )
+
+
+def spread(count: int) -> list[int]:
+    """Some of `count` layers, evenly from the first to the last."""
+    shown = min(MOST_LAYERS, count)
+    return sorted({round(place * (count - 1) / max(shown - 1, 1)) for place in range(shown)})
+
+
+def pair_panel(grid_EE: Any, *, layer: int, top: float, label: str, shows: str, of: str = "") -> Panel:
+    """A number for every two experts of a layer, 0 where there is none; `of` are words before the row's expert."""
+    names, side = [str(expert) for expert in range(len(grid_EE))], max(0.14, min(0.27, 2.4 / len(grid_EE)))
+    return heat_panel(
+        np.nan_to_num(grid_EE, nan=0.0).clip(0.0),
+        columns=names,
+        rows=names,
+        top=top,
+        label=label,
+        shows=shows,
+        title=f"layer {layer}",
+        axes=("expert", f"{of}expert"),
+        cell=(side, side),
     )
 
 

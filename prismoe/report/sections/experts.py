@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prismoe.report.heat import heat_panel
+from prismoe.report.heat import pair_panel, spread
 from prismoe.report.page import Block, Figure, Findings, Panel, Section, Text
 from prismoe.report.style import COLOURS, whole_numbers
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["PLACE", "section"]
 
 PLACE = 59
-MOST_LAYERS, MOST_NAMED = 4, 12
+MOST_NAMED = 12
 CURVES = {
     "dense_LE": ("expert_dense", "Experts against the dense neurons they were cut from", "cosine"),
     "drift_LE": (
@@ -55,28 +55,13 @@ def section(found: Findings) -> Section | None:
 
 
 def _matrices(alike: Similarity) -> Figure:
-    count, experts = len(alike.layers), alike.num_experts
-    shown = min(MOST_LAYERS, count)
-    chosen = sorted({round(place * (count - 1) / max(shown - 1, 1)) for place in range(shown)})
-    names, side = [str(expert) for expert in range(experts)], max(0.14, min(0.27, 2.4 / experts))
     panels = []
-    for index in chosen:
+    for index in spread(len(alike.layers)):
         matched_EE = np.nan_to_num(alike.matched_LEE[index])
-        apart = matched_EE[~np.eye(experts, dtype=bool)]
-        shows = f"Layer {alike.layers[index]}: {apart.min():.2f} to {apart.max():.2f} between different experts"
-        panels.append(
-            heat_panel(
-                matched_EE.clip(0.0),
-                columns=names,
-                rows=names,
-                top=1.0,
-                label="cosine",
-                shows=shows,
-                title=f"layer {alike.layers[index]}",
-                axes=("expert", "of the expert"),
-                cell=(side, side),
-            )
-        )
+        apart = matched_EE[~np.eye(alike.num_experts, dtype=bool)]
+        layer = alike.layers[index]
+        shows = f"Layer {layer}: {apart.min():.2f} to {apart.max():.2f} between different experts"
+        panels.append(pair_panel(matched_EE, layer=layer, top=1.0, label="cosine", shows=shows, of="of the "))
     about = (
         "For each neuron of the row's expert the cosine of the neuron of the column's expert most like it, mean over "
         "neurons: 1 are copies, in whatever order. Definitions: docs/experts.md."

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from prismoe.report.heat import heat_panel
+from prismoe.report.heat import pair_panel, spread
 from prismoe.report.page import Figure, Findings, Section, Table
 
 __all__ = ["PLACE", "section"]
 
 PLACE = 56
-MOST_LAYERS, MOST_PAIRS = 4, 8
+MOST_PAIRS = 8
 
 
 def section(found: Findings) -> Section | None:
@@ -25,30 +25,14 @@ def section(found: Findings) -> Section | None:
     lift_LEE = coactivation_lift(trace)
     if not np.isfinite(lift_LEE).any():
         return None
-    count = len(trace.layers)
-    chosen = sorted(
-        {round(place * (count - 1) / max(min(MOST_LAYERS, count) - 1, 1)) for place in range(min(MOST_LAYERS, count))}
-    )
+    chosen = spread(len(trace.layers))
     top = max(2.0, float(np.nanmax(lift_LEE[chosen])))
-    names = [str(expert) for expert in range(trace.num_experts)]
-    panels, side = [], max(0.14, min(0.27, 2.4 / trace.num_experts))
+    panels = []
     for index in chosen:
         layer, lift_EE = trace.layers[index], lift_LEE[index]
         a, b = np.unravel_index(int(np.nanargmax(lift_EE)), lift_EE.shape) if np.isfinite(lift_EE).any() else (0, 0)
         shows = f"Layer {layer}: most often together {a} and {b}, {lift_EE[a, b]:.1f} times what loads alone give"
-        panels.append(
-            heat_panel(
-                np.nan_to_num(lift_EE, nan=0.0),
-                columns=names,
-                rows=names,
-                top=top,
-                label="× expected",
-                shows=shows,
-                title=f"layer {layer}",
-                axes=("expert", "expert"),
-                cell=(side, side),
-            )
-        )
+        panels.append(pair_panel(lift_EE, layer=layer, top=top, label="× expected", shows=shows))
     about = (
         "Tokens that two experts share, over those expected from their loads if experts were drawn without regard to "
         "each other: 1 is independence. The diagonal, and experts without a token, are left dark. "
