@@ -113,6 +113,15 @@ calibrate({str(world.model)!r}, CalibrateConfig(**{ {**SMALL, "save_seconds": 0.
     same_files(tmp_path / "out", tmp_path / "whole")
 
 
+def test_scratch_that_came_back_is_taken_away(world: World, tmp_path: Path) -> None:
+    """A machine that goes down right after the manifest may find the folder again that was just removed."""
+    world.run(tmp_path / "out")
+    (tmp_path / "out" / "scratch").mkdir()
+    (tmp_path / "out" / "scratch" / "inputs-00000.bin").write_bytes(b"large")
+    assert world.run(tmp_path / "out").state == "already complete"
+    assert not (tmp_path / "out" / "scratch").exists()
+
+
 def test_scratch_that_was_taken_away_is_an_error(world: World, tmp_path: Path) -> None:
     def stop(what: str, done: int, of: int) -> None:
         if done == 3:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -24,9 +23,9 @@ from prismoe.calibrate.text import Text, draw_text
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, UsageError
-from prismoe.folder import MANIFEST, Manifest, claim, hash_files, sha256_file, versions
+from prismoe.folder import MANIFEST, Manifest, claim, hash_files, remove_folder, sha256_file, versions
 from prismoe.progress import Progress, quiet
-from prismoe.stats.calibration import KIND, SEQUENCES, Calibration, layer_file
+from prismoe.stats.calibration import KIND, SCRATCH, SEQUENCES, Calibration, layer_file
 from prismoe.train.fit import check_fit
 
 __all__ = ["CalibrateConfig", "Calibration", "calibrate"]
@@ -100,6 +99,7 @@ def calibrate(
             if Manifest.read(out) is None:
                 state = "written"
                 _compute(job, out, on_progress)
+            remove_folder(out / SCRATCH)  # also where a kill came between the manifest and this
     return replace(
         job.planned(out) if dry_run else Calibration.open(out),
         state=state,
@@ -201,4 +201,3 @@ def _compute(job: _Job, out: Path, on_progress: Progress) -> None:
         config={**job.settings, "result": {**result, "loss": loss, "cluster_domains": composition.tolist()}},
         files=hash_files(out, [SEQUENCES, *map(layer_file, range(planned.num_layers))]),
     ).write(out)
-    shutil.rmtree(sweep.scratch)

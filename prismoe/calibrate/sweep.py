@@ -30,7 +30,7 @@ from prismoe.calibrate.watch import Batch, Watch
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import NumericalError
 from prismoe.progress import Progress
-from prismoe.stats.calibration import SEQUENCES, Sequences, layer_file
+from prismoe.stats.calibration import SCRATCH, SEQUENCES, Sequences, layer_file
 
 __all__ = ["Pass", "Sweep", "passes"]
 
@@ -67,7 +67,7 @@ class Sweep:
     ) -> None:
         self.text, self.config, self.out, self.on_progress = text, config, out, on_progress
         self.dense, self.source = checkpoint.family, checkpoint.folder
-        self.scratch = out / "scratch"
+        self.scratch = out / SCRATCH
         self.scratch.mkdir(exist_ok=True)
         self.device = torch.device(config.device)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

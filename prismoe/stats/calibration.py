@@ -17,10 +17,11 @@ from prismoe.errors import InputError
 from prismoe.folder import Manifest, check_once, write_atomic
 from prismoe.stats import NeuronStats, check_stats
 
-__all__ = ["KIND", "SEQUENCES", "Calibration", "Sequences", "layer_file"]
+__all__ = ["KIND", "SCRATCH", "SEQUENCES", "Calibration", "Sequences", "layer_file"]
 
 KIND = "calibrate"
 SEQUENCES = "sequences.safetensors"
+SCRATCH = "scratch"  # a folder that is there only until the calibration is whole
 FORMAT = "prismoe-sequences-1"
 IntArray = npt.NDArray[np.integer[Any]]
 _FIELDS = {"domain_ids": "I32", "windows": "I64", "clusters": "I32", "samples": "I64"}

@@ -24,6 +24,13 @@ BEFORE: dict[str, tuple[str, ...]] = {
     "tune": (),
 }
 """The verbs, and what must be there before each."""
+LONG: dict[str, tuple[str, ...]] = {
+    "calibrate": ("plan", "convert", "prepare"),
+    "eval": ("plan", "convert", "prepare", "pretrain"),
+    "trace": ("plan", "convert", "prepare", "pretrain"),
+}
+"""Those of the long form alone."""
+SMALL = {"calibrate": ("calibrate.seq_len=16", "calibrate.max_tokens=512", "calibrate.sample_tokens=64")}
 OFTEN = {"pretrain": "pretrain.save_every=2", "tune": "tune.save_every=1"}
 # Times and rates differ from run to run; everything that is a result is compared. The curves hold clocks.
 TIMES, CURVES = ("run.json", "timing.jsonl"), "tensorboard"
@@ -46,16 +53,16 @@ class Point:
 
 
 def run(place: Place) -> Iterator[Outcome]:
-    for verb in BEFORE:
+    for verb in (*BEFORE, *(LONG if place.full else ())):
         yield from killed(place, verb, FULL_POINTS if place.full else POINTS)
 
 
 def killed(place: Place, verb: str, points: int) -> Iterator[Outcome]:
     """The two outcomes of one verb: killed alone, and with what was not synced lost."""
     config = place.tuning if verb == "tune" else place.config
-    words = [verb, str(config), "--out", str(OUT), *([OFTEN[verb]] if verb in OFTEN else [])]
+    words = [verb, str(config), "--out", str(OUT), *([OFTEN[verb]] if verb in OFTEN else []), *SMALL.get(verb, ())]
     before, whole = place.fresh("before"), place.folder / "whole"
-    for stage in BEFORE[verb]:
+    for stage in {**BEFORE, **LONG}[verb]:
         place.command(stage, str(config), "--out", str(before))
     counter = Counter()
     counted = place.spread([before], lambda folder: _unstopped(words, folder, whole, counter), workers=1)
