@@ -328,7 +328,7 @@ def test_bad_tokenizers(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_disk_too_small(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = jsonl(tmp_path / "a.jsonl", TEXTS * 1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (1 << 40, 0, 1000))
     with pytest.raises(ResourceError, match=r"out: 1\.0 kB of disk free; needed \d+\.\d kB"):
         one(tmp_path, tokenizer, train)
     assert not (tmp_path / "out").exists()
