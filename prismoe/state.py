@@ -27,6 +27,6 @@ def read_state(out: Path) -> dict[str, Any]:
         assert all({"key", "settings", "seconds", "receipt"} <= record.keys() for record in state.values())
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, AttributeError, AssertionError) as error:
+    except (ValueError, RecursionError, AttributeError, AssertionError) as error:
         raise InputError(f"not a readable run state ({error!r})", where=str(path), hint="remove it") from error
     return {name: state[name] for name in STAGE_NAMES if name in state}
