@@ -42,7 +42,7 @@ def check_free(lock: Path, *, where: Path) -> None:
         ResourceError: it does.
     """
     try:
-        handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return  # nobody does, or who takes it in earnest will say what is wrong
     try:
