@@ -33,7 +33,7 @@ WRITERS = {
     "data/writer.py:HashedFile.__init__": "a partial file, renamed when it is whole",
     "lock.py:_take": "the lock: its text is for an error message only, and goes with the lock",
     "folder.py:write_atomic": "a partial file, renamed when it is whole",
-    "generate/answers.py:answer_file": "OUT.partial: rows behind an atomic start without half lines; OUT itself is atomic",
+    "generate/answers.py:answer_file": "OUT.partial: rows after an atomic start without half lines; OUT is atomic",
     "mtbench/answering.py:answer_questions": "whole batches are kept by the next command, half lines are not; "
     "the manifest of the folder comes last",
     "mtbench/judging.py:_append": "each judgment is kept at once, a half last line is left out; atomic at the end",
