@@ -11,7 +11,19 @@ from prismoe.errors import InputError
 __all__ = ["CONFIG", "STAGE_NAMES", "STATE", "read_state"]
 
 STATE, CONFIG = "run.json", "run.yaml"
-STAGE_NAMES = ("sift", "prepare", "calibrate", "plan", "convert", "verify", "recover", "pretrain", "eval", "trace", "report")
+STAGE_NAMES = (
+    "sift",
+    "prepare",
+    "calibrate",
+    "plan",
+    "convert",
+    "verify",
+    "recover",
+    "pretrain",
+    "eval",
+    "trace",
+    "report",
+)
 """Every stage in the order of what builds on what."""
 
 
