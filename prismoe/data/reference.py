@@ -60,7 +60,10 @@ class Reference:
             InputError: no such file, or not one of these.
         """
         path = Path(path)
-        found = read_json(path)
+        try:
+            found = read_json(path)
+        except InputError as error:
+            raise InputError(error.found, where=error.where, needed=error.needed, hint=_HINT) from error
         try:
             if found["kind"] != KIND:
                 raise ValueError(f"a file of kind {found['kind']!r}")
