@@ -65,5 +65,7 @@ def test_wrong_values_are_told_with_their_place(tmp_path: Path) -> None:
         load_config(overrides=["recover.train=all"])
     with pytest.raises(UsageError, match=r"unknown key recover\.budgets"):
         load_config(overrides=["recover.budgets=2"])
+    before = (finished()[0] / "run" / "run.yaml").read_bytes()
     with pytest.raises(UsageError, match=r"recover\.budget=9: 9; needed at most 4"):
         run(config("recover.budget=9", "recover.seq_len=16", out=finished()[0] / "run"), stages=("recover",))
+    assert (finished()[0] / "run" / "run.yaml").read_bytes() == before

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prismoe.errors import InputError, UsageError
 from prismoe.progress import Progress
 from prismoe.run.evaluation import check_evaluation, evaluate_run, is_evaluated, measured
-from prismoe.run.recovery import RECOVERED, recover_run
+from prismoe.run.recovery import RECOVERED, check_recovery, recover_run
 from prismoe.run.texts import SIFTED, is_sifted, prepare_part, sift_texts, sifting, texts
 from prismoe.run.tracing import check_trace, trace_run, traced
 from prismoe.run.training import check_training, taught_by, train
@@ -317,6 +317,7 @@ STAGES: dict[str, Stage] = {
         ("convert", "prepare"),
         lambda c: {"seed": c.seed, "weights": c.need("data").weights, "recover": _keys(c.need("recover"))},
         needs=("recover", "data"),
+        check=check_recovery,
         dry=True,
     ),
     "pretrain": Stage(
