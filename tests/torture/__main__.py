@@ -10,13 +10,16 @@ import argparse
 import json
 import math
 import os
+import platform
+import re
 import shutil
 import sys
 import tempfile
 import time
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tests.torture.place import Place
@@ -66,7 +69,8 @@ def main() -> int:
     found = []
     rows = {name: import_module(f"tests.torture.rows.{name}") for name in flags.rows or names}
     # Time that a row leaves over goes to those after it.
-    left, deadline = sum(seconds(row) for row in rows.values()), time.monotonic() + 60 * flags.minutes
+    started = time.monotonic()
+    left, deadline = sum(seconds(row) for row in rows.values()), started + 60 * flags.minutes
     with tempfile.TemporaryDirectory(prefix="prismoe-torture-", dir=scratch()) as work:
         ready = Path(work) / "warm"
         ready.mkdir()
@@ -89,17 +93,34 @@ def main() -> int:
     if flags.readme:
         readme = ROOT / "README.md"
         head, rest = readme.read_text().split(BEGIN, 1)
-        readme.write_text(f"{head}{BEGIN}\n{table(found)}{END}{rest.split(END, 1)[1]}")
+        readme.write_text(
+            f"{head}{BEGIN}\n{table(found, minutes=(time.monotonic() - started) / 60)}{END}{rest.split(END, 1)[1]}"
+        )
     return 0 if all(row["met"] for row in found) else 1
 
 
-def table(found: list[dict[str, object]]) -> str:
-    """The outcomes as Markdown."""
-    lines = ["| what is promised | held | of | goal | `python -m tests.torture` |", "|---|---|---|---|---|"]
+def table(found: list[dict[str, Any]], *, minutes: float) -> str:
+    """The outcomes as Markdown; what was done to several verbs in the same way is one line."""
+    same: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in found:
-        held = f"{row['held']}" if row["met"] else f"**{row['held']}, not met**"
-        note = f" ({row['note']})" if row["note"] else ""
-        lines.append(f"| {row['what']}{note} | {held} | {row['tried']} | {row['goal']} | `{row['row']}` |")
+        same.setdefault((row["row"], re.sub(r"^`\w+`: ", "", row["what"])), []).append(row)
+    lines = ["| what is promised | held | of | goal | `python -m tests.torture` |", "|---|---|---|---|---|"]
+    for (name, what), rows in same.items():
+        verbs = ", ".join(match[0] for row in rows if (match := re.match(r"`\w+`", row["what"])))
+        held, tried, goal = (sum(row[key] for row in rows) for key in ("held", "tried", "goal"))
+        shown = f"{held:,}" if all(row["met"] for row in rows) else f"**{held:,}, not met**"
+        notes = [row["note"] for row in rows if row["note"]]
+        tails = {re.sub(r"^\d+ ", "", note) for note in notes}
+        counts = ", ".join(match[0] for note in notes if (match := re.match(r"\d+", note)))
+        note = (
+            f" ({f'{counts} ' if counts else ''}{tails.pop()})"
+            if len(tails) == 1
+            else "".join(f" ({n})" for n in notes)
+        )
+        said = f"{verbs}: {what}" if verbs else what
+        lines.append(f"| {said}{note} | {shown} | {tried:,} | {goal:,} | `{name}` |")
+    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    lines += ["", f"Measured in {minutes:.0f} minutes on {machine}, torch {version('torch').split('+')[0]}."]
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,9 @@ def run(place: Place) -> Iterator[Outcome]:
             cases[name] = _case(folder, opens, path, wholes[path], at, cut=cut)
         found = dict(zip(cases, attempt(list(cases.values())), strict=True))
         yield Outcome.of(
-            f"corruption of {what}: flips and cuts in {len(files)} files, detected on load", found, goal=count
+            f"corruption of {what}: flips and cuts in {len(files)} file{'s'[: len(files) > 1]}, detected on load",
+            found,
+            goal=count,
         )
     yield from _commands(place, place.folder / "run")
 
