@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -93,8 +94,13 @@ def run(path: str) -> None:
             total: int | None,
             at: dict[int, signal.Signals] = signals,
             full: tuple[int | None, int] = (full_at, limits[1]),
+            ends: tuple[int | None, int | None] = (die_at, full_at),
+            out: Path = Path(job["out"]),
         ) -> None:
             if rank == 1 and what.startswith("train step"):
+                # A checkpoint is written beside training, at its own pace.
+                while done in ends and not any(out.glob("checkpoints/*/manifest.json")):
+                    time.sleep(0.01)
                 if done in at:
                     os.kill(os.getpid(), at[done])
                 if done == full[0]:
