@@ -204,7 +204,7 @@ def _killed(place: Place, cases: dict[str, str | None]) -> Outcome:
     most = max((int(path.read_text()) for path in place.folder.glob("*.lost")), default=0)
     return Outcome.of(
         f"each rank of 2 and of 3 killed in each phase of a step: the others end with step and phase, the same command "
-        f"ends with an unstopped run's bytes; a checkpoint every {EVERY} steps",
+        f"ends with an unstopped run's bytes; a checkpoint every {EVERY} steps, written when the rank is killed",
         cases,
         goal=30 if place.full else 15,
         note=f"{most} steps lost at most",
