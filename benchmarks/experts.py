@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from prismoe.train.experts import sorted_experts
 from prismoe.train.runtime import levers
 
 SHAPES = {"n=96": (288, 96, 8, 2), "n=176": (1024, 176, 16, 4), "n=688": (4096, 688, 16, 4)}  # D, W, E, K
+CHOICES = 50  # routers choose anew in every step, and what is compiled for one number of rows may not serve the next
 TOKENS = {"n=96": (512, 4096), "n=176": (512, 2048, 4096), "n=688": (512, 2048)}
 
 
@@ -77,13 +79,16 @@ def _layer(
     torch.manual_seed(0)
     module = module_of(shape, dtype)
     x_TD = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
-    index_TK = torch.rand(tokens, experts).topk(top_k).indices
+    choices = [torch.rand(tokens, experts).topk(top_k).indices for _ in range(CHOICES)]
     weights_TK = torch.rand(tokens, top_k).requires_grad_()
     slopes_TD = torch.randn(tokens, hidden).to(dtype)
     dense = [torch.randn(*size).mul_(hidden**-0.5).to(dtype).requires_grad_() for size in _dense(hidden, width * top_k)]
 
     def mixture(implementation: str | None) -> Callable[[], None]:
+        turns = cycle(choices)
+
         def work() -> None:
+            index_TK = next(turns)
             for leaf in (x_TD, weights_TK, *module.parameters()):
                 leaf.grad = None
             if implementation is None:

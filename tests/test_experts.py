@@ -19,6 +19,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from prismoe.errors import UsageError
+from prismoe.train import experts as of_experts
 from prismoe.train.experts import experts_in_use, sorted_experts, use_experts
 from tests.training import tiny_moe
 
@@ -104,6 +105,27 @@ def test_in_bfloat16_the_error_is_that_of_the_library(kind: type[Any]) -> None:
     assert ours < 2e-2
 
 
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded numbers of rows for every dtype: in float64 it shows that free rows add nothing at all."""
+    monkeypatch.setattr(of_experts, "_compiled_by_size", lambda x: True)
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+@pytest.mark.usefixtures("rounded")
+def test_rounded_numbers_of_rows_change_nothing(kind: type[Any]) -> None:
+    module, given = experts(kind), inputs(301, 3)
+    assert any(count % 8 for count in torch.bincount(given[1].reshape(-1)).tolist())
+    assert largest_error(everything(sorted_experts, module, given), everything(eager, module, given)) < tolerance(kind)
+
+
+def test_numbers_of_rows_recur_and_are_at_most_a_sixteenth_more() -> None:
+    rows = [of_experts._round_up(count) for count in range(4097)]
+    assert all(count <= more <= count * 17 / 16 for count, more in enumerate(rows))
+    assert rows[:33] == list(range(33))
+    assert len({more for more in rows if 1024 < more <= 2048}) == 16
+
+
 def test_under_autocast_products_are_in_its_dtype_and_gradients_in_that_of_the_weights() -> None:
     module, given = experts(MixtralExperts, dtype=torch.float32), inputs(64, 2, dtype=torch.float32)
     exact = everything(sorted_experts, module, given)
@@ -136,7 +158,8 @@ def test_one_token(kind: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 9, 301])
+@pytest.mark.usefixtures("rounded")
 def test_choices_of_other_processes_add_nothing(kind: type[Any], tokens: int) -> None:
     module, (x_TD, index_TK, weights_TK) = experts(kind), inputs(tokens, 3)
     elsewhere = index_TK == 1

@@ -6,7 +6,8 @@ knows nothing of it. It computes what the library's "eager" does, up to rounding
 
 - an assignment's weight is applied before down_proj, to W numbers instead of D (W·(w·a) = w·(W·a));
 - rows go out by `index_select` and come back by `embedding_bag`, which gathers and adds up K rows in one pass;
-- the gradient of stacked weights is written in place, expert by expert, never a full-size one for each expert.
+- the gradient of stacked weights is written in place, expert by expert, never a full-size one for each expert;
+- products of oneDNN (CPU, bfloat16) get rounded numbers of rows: it compiles anew for each that it has not seen.
 
 Products need no aligned rows, incoming gradients may be expanded, and under autocast all of it is in its dtype
 (the library's "grouped_mm" fails at the first two and ignores the last).
@@ -14,6 +15,7 @@ Products need no aligned rows, incoming gradients may be expanded, and under aut
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -134,13 +136,13 @@ def _many_tokens(
     first: torch.Tensor,
     last: torch.Tensor,
 ) -> torch.Tensor:
-    expert_S, order_S = torch.sort(index_TK.reshape(-1), stable=True)
-    place_S = torch.empty_like(order_S)
-    place_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-    place_TK = place_S.view_as(index_TK)
+    order_S, place_TK, counts, free_S1 = _layout(index_TK, self.num_experts, rounded=_compiled_by_size(x_TD))
     token_S = order_S // index_TK.shape[1]
-    counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
     weight_S1 = weights_TK.reshape(-1, 1).index_select(0, order_S).to(x_TD.dtype)
+    if free_S1 is not None:
+        weight_S1 = weight_S1.masked_fill(free_S1, 0.0)
+    if self.has_bias or self.has_post_expert_norm:
+        expert_S = index_TK.reshape(-1).index_select(0, order_S)
 
     between = _apply(_Products, _apply(_Spread, x_TD, token_S, place_TK), first, counts)
     if self.has_bias:
@@ -157,6 +159,45 @@ def _many_tokens(
         made_SD = self.post_expert_norm(made_SD)
     here_S1 = (expert_S < self.num_experts)[:, None]
     return _apply(_Collect, (made_SD * weight_S1).where(here_S1, 0.0), token_S, place_TK)
+
+
+def _layout(
+    index_TK: torch.Tensor, num_experts: int, *, rounded: bool
+) -> tuple[torch.Tensor, torch.Tensor, list[int], torch.Tensor | None]:
+    """In what order the assignments are computed.
+
+    Returns:
+        The assignment of each row, by expert [S]; the row of each assignment [T, K]; the rows of each expert; and
+        which rows are free [S, 1], None if none is: with `rounded` there are some, so that numbers of rows recur. Free
+        rows repeat assignment 0, and count for nothing with a weight of 0.
+    """
+    expert_A, order_A = torch.sort(index_TK.reshape(-1), stable=True)
+    counts = torch.bincount(expert_A, minlength=num_experts)[:num_experts].tolist()
+    row_A = torch.arange(len(order_A), device=order_A.device)
+    order_S, rows, free_S1 = order_A, [_round_up(count) for count in counts] if rounded else counts, None
+    if rows != counts:
+        before = [0, *accumulate(more - count for more, count in zip(rows, counts, strict=True))]  # free rows
+        row_A += row_A.new_tensor(before).index_select(0, expert_A.clamp(max=num_experts))
+        order_S = order_A.new_zeros(len(order_A) + before[-1]).index_copy_(0, row_A, order_A)
+        free_S1 = torch.ones(len(order_S), 1, dtype=torch.bool, device=row_A.device).index_fill_(0, row_A, False)
+    place_A = torch.empty_like(order_A)
+    place_A[order_A] = row_A
+    return order_S, place_A.view_as(index_TK), rows, free_S1
+
+
+def _compiled_by_size(x: torch.Tensor) -> bool:
+    """Whether oneDNN computes the products of `x`: those in bfloat16, and with `fast_matmul` those in float32.
+
+    It compiles them anew for every number of rows that it has not seen, which takes half a millisecond.
+    """
+    fast = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    return x.device.type == "cpu" and (fast or x.dtype == torch.bfloat16)
+
+
+def _round_up(count: int) -> int:
+    """The next number with at most five bits before its zeros: no more than 1/16 is added, nothing up to 32."""
+    unit = 1 << max(0, count.bit_length() - 5)
+    return -(-count // unit) * unit
 
 
 def _one_token(
