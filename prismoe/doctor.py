@@ -108,7 +108,7 @@ def _system(warnings: list[str]) -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()}, {sys.maxsize.bit_length() + 1} bit",
         "system": f"{platform.system()} {_release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()) or "unknown",
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": f"{cores} usable of {os.cpu_count()}",
         "memory": f"{available / 1e9:.1f} GB available of {total / 1e9:.1f} GB" if total else "unknown",
         "disk free": f"{free['here'] / 1e9:.1f} GB here, {free['temporary'] / 1e9:.1f} GB temporary",
@@ -121,7 +121,8 @@ def _release() -> str:
     return ".".join(platform.release().split("-")[0].split(".")[:2])
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor and those of its extensions that matter here."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -24,8 +24,9 @@ BASE: Mapping[str, Any] = MappingProxyType(
     {
         "text": "all",  # or fluent, no_advertisements: see text.py
         "weights": "proportional",
-        "tokens": 1.0,  # times those of the size; "headline" for a share of the parent's
-        "evals": 8,  # evenly spread, and one before the first step
+        "tokens": 1.0,  # times those of the size; "headline" for a share of the parent's; those of `recover` count
+        "count_calibration": False,  # whether the text that the plan was measured on counts too
+        "evals": 6,  # evenly spread, and one before the first step
         "plan.method": "random",  # no plan.method: the parent itself
         "plan.num_experts": 8,
         "plan.top_k": 4,
@@ -49,7 +50,10 @@ DENSE: Mapping[str, Any] = MappingProxyType({key: None for key in BASE if key.st
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of a table: its name, what it changes in `BASE`, and the setting it is compared with (the first)."""
+    """One line of a table: its name, what it changes in `BASE`, and the setting it is compared with.
+
+    `against` is that of the question's first setting where nothing is said, and the line's own name for none.
+    """
 
     name: str
     changes: Mapping[str, Any]
@@ -104,7 +108,7 @@ SIZES = {
     for size in (
         Size(
             name="small",
-            tokens=163_840,
+            tokens=147_456,
             headline=0.05,
             seeds=(0, 1, 2),
             batch_size=8,
@@ -112,7 +116,7 @@ SIZES = {
             eval_tokens=2048,
             calibration_tokens=32_768,
             workers=2,
-            tokens_per_second=3_300,
+            tokens_per_second=4_400,
         ),
         Size(
             name="large",
@@ -142,7 +146,10 @@ class Job:
 
 
 def jobs_of(questions: Iterable[Question], size: Size, *, source: str) -> list[Job]:
-    """Every run once, those of one seed together, the longest first. `source` says which parent and text."""
+    """Every run once, those of one seed together. `source` says which parent and text.
+
+    The longest first, so that workers end together; but the headline, whose recipe is chosen from the others, last.
+    """
     found: dict[str, Job] = {}
     for question in questions:
         for setting in question.settings:
@@ -150,7 +157,8 @@ def jobs_of(questions: Iterable[Question], size: Size, *, source: str) -> list[J
                 job = _job(setting, size, seed, source, f"{question.name}: {setting.name}")
                 names = found[job.key].names if job.key in found else ()
                 found[job.key] = Job(job.key, seed, job.spec, job.cost, (*names, *job.names))
-    return sorted(found.values(), key=lambda job: (job.seed, -job.cost))
+    long = max((job.spec["pretrain"]["steps"] for job in found.values()), default=0)
+    return sorted(found.values(), key=lambda job: (job.spec["pretrain"]["steps"] == long, job.seed, -job.cost))
 
 
 def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job:
@@ -158,9 +166,10 @@ def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job
     a_step = size.batch_size * SEQ_LEN
     factor = keys.pop("tokens")
     tokens = size.headline * PARENT_TOKENS if factor == "headline" else factor * size.tokens
-    steps = max(2, round(tokens / a_step))
-    every = max(1, steps // keys.pop("evals"))
-    spec: dict[str, Any] = {"plan": {}, "pretrain": {}, "seed": seed, "source": source}
+    before = size.calibration_tokens if keys.pop("count_calibration") else 0
+    steps = max(2, int((tokens - before - keys.get("recover", {}).get("tokens", 0)) // a_step))
+    every = max(1, int(tokens // a_step) // keys.pop("evals"))  # of the whole budget, so that curves have like points
+    spec: dict[str, Any] = {"plan": {}, "pretrain": {}, "seed": seed, "source": source, "before": before}
     for key, value in keys.items():
         section, _, field = key.rpartition(".")
         (spec[section] if section else spec)[field] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,11 @@ SHARES = (0.5, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Line:
-    """A setting under all of its seeds. `runs` are those that are there, in the order of their seeds."""
+    """A setting under all of its seeds. `runs` are those that are there, in the order of their seeds, of `wanted`."""
 
     name: str
     runs: tuple[dict[str, Any], ...]
+    wanted: int = 0
 
     @property
     def ended(self) -> tuple[dict[str, Any], ...]:
@@ -67,24 +68,31 @@ class Findings:
         self._tokens = {name: sum(counts) for name, counts in self.parent["document_tokens"].items()}
 
     @cached_property
-    def _files(self) -> dict[str, dict[str, Any]]:
+    def files(self) -> dict[str, dict[str, Any]]:
         paths = [path for path in sorted(self.folder.glob("*.json")) if path.name != "parent.json"]
         return {path.stem: json.loads(path.read_bytes()) for path in paths}
 
     @cached_property
     def runs(self) -> dict[str, dict[str, Any]]:
         """By key; `scaled` are a document's nats over the tokens of its domain, whose sum is the domain's loss."""
-        found = {run["key"]: run for file in self._files.values() for run in file["runs"]}
+        found = {run["key"]: run for file in self.files.values() for run in file["runs"]}
         for run in found.values():
             documents = run.get("documents", {})
             run["scaled"] = {name: np.array(nats) / self._tokens[name] for name, nats in documents.items()}
         return found
 
     def lines(self, question: str) -> list[Line]:
-        """The settings of a question, in its order; those without a single run are left out."""
-        settings = self._files.get(question, {"settings": {}})["settings"]
-        lines = [Line(name, tuple(self.runs[k] for k in keys if k in self.runs)) for name, keys in settings.items()]
-        return [line for line in lines if line.runs]
+        """The settings of a question, in its order, those without a single run too."""
+        settings = self.files.get(question, {"settings": {}})["settings"]
+        return [
+            Line(name, tuple(self.runs[key] for key in keys if key in self.runs), len(keys))
+            for name, keys in settings.items()
+        ]
+
+    @property
+    def eval_tokens(self) -> int:
+        """Of each domain, on which runs are measured while they train."""
+        return int(self.parent["eval_tokens"])
 
     @property
     def parent_loss(self) -> float:
@@ -97,17 +105,14 @@ class Findings:
         """On the text that runs are measured on while they train."""
         return statistics.fmean(self.parent["heldout"].values())
 
-    def tests(self, lines: Sequence[Line], against: Mapping[str, Line]) -> dict[str, tuple[list[float], float]]:
-        """For each line differences to that of `against`, seed by seed, and p over documents after Holm's correction.
+    def tests(self, against: Sequence[tuple[Line, Line]]) -> dict[str, tuple[list[float], float]]:
+        """For each pair the first's differences to the second, seed by seed, and p over documents, corrected by Holm.
 
         The p value speaks of other text, at these seeds: documents' differences, averaged over seeds, under random
         signs, domains counting alike.
         """
         found = {}
-        for line in lines:
-            first = against[line.name]
-            if first is line:
-                continue
+        for line, first in against:
             pairs = [(mine, theirs) for mine in line.ended for theirs in first.ended if mine["seed"] == theirs["seed"]]
             if not pairs:
                 continue

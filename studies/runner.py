@@ -33,7 +33,7 @@ from studies.text import prepare_text
 from studies.work import Places, calibration_of, measure_parent, run
 from studies.write import write
 
-__all__ = ["collect", "forecast", "study"]
+__all__ = ["collect", "forecast", "restore", "study"]
 
 Say = Callable[[str], None]
 
@@ -116,8 +116,8 @@ def collect(asked: Sequence[Question], size: Size, places: Places, *, source: st
     """Write `out`/QUESTION.json for every question with all of its finished runs, and `out`/parent.json."""
     make_folder(out)
     jobs, seen = jobs_of(asked, size, source=source), set()
-    parent = json.loads((places.folder / "parent.json").read_bytes())
-    write_atomic(out / "parent.json", _compact({"size": size.name, **parent}))
+    parent = measure_parent(places, eval_tokens=size.eval_tokens)
+    write_atomic(out / "parent.json", _compact({"size": size.name, "eval_tokens": size.eval_tokens, **parent}))
     for question in asked:
         keys: dict[str, list[str]] = {setting.name: [] for setting in question.settings}
         lines = []
@@ -132,6 +132,15 @@ def collect(asked: Sequence[Question], size: Size, places: Places, *, source: st
         settings = _compact(keys).decode()
         text = f'{{"question":"{question.name}","settings":{settings},"runs":[\n' + ",\n".join(lines) + "\n]}\n"
         write_atomic(out / f"{question.name}.json", text.encode())
+
+
+def restore(results: Path, places: Places) -> None:
+    """Runs that `collect` wrote, and whose folders are not there (another clone), count as done: a key says it all."""
+    for path in results.glob("*.json"):
+        for result in json.loads(path.read_bytes()).get("runs", ()):
+            if not (folder := places.folder / "runs" / result["key"]).joinpath("result.json").exists():
+                make_folder(folder)
+                write_atomic(folder / "result.json", _compact(result))
 
 
 def _compact(value: Any) -> bytes:
@@ -179,6 +188,8 @@ def _tried(job: Job, places: Places) -> dict[str, Any] | PrismoeError:
         raise
     except PrismoeError as error:
         return error
+    except Exception as error:  # noqa: BLE001 - an arm that breaks as nobody thought must not cost the night's others
+        return InputError(f"{type(error).__name__}: {error}", where=job.key, needed="a run that ends")
 
 
 @contextmanager
@@ -216,18 +227,20 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     size, folder = SIZES[args.size], args.out or Path(f"runs/study-{args.size}")
     places = Places(args.parent, folder, args.device)
+    results, docs = (Path("studies/results"), Path("docs")) if size.name == "small" else (folder / "results", folder)
     try:
         asked = _asked(args.only)
         source = check_inputs(args.parent, args.corpora)
         if args.dry_run:
             print("\n".join(forecast(asked, size, places, source=source)))
             return 0
-        failed = study(asked, size, places, corpora=args.corpora, say=partial(print, flush=True))
-        results, docs = (
-            (Path("studies/results"), Path("docs")) if size.name == "small" else (folder / "results", folder)
-        )
-        collect(questions(), size, places, source=source, out=results)
-        print(write(results, docs))
+        restore(results, places)
+        try:
+            failed = study(asked, size, places, corpora=args.corpora, say=partial(print, flush=True))
+        finally:  # stopped: what there is so far
+            if any(places.folder.glob("runs/*/result.json")):
+                collect(questions(), size, places, source=source, out=results)
+                print(write(results, docs))
         if failed:
             raise InputError(f"{len(failed)} runs could not be made", where="study", needed="all", hint=failed[0])
     except PrismoeError as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 import prismoe
@@ -45,8 +45,9 @@ def domains_of(text: str, out: Path) -> list[Path]:
 
 def _source(folder: Path, heldout: Path, documents: int) -> prismoe.DomainSource:
     if not heldout.exists():
-        found = (document for file in sorted(folder.glob("heldout*")) for document in read_documents(file))
-        lines = [json.dumps({"content": document.text[:CHARACTERS]}) for document in islice(found, documents)]
+        found = [document.text for file in sorted(folder.glob("heldout*")) for document in read_documents(file)]
+        random.Random(0).shuffle(found)  # files are sorted by where their documents come from
+        lines = [json.dumps({"content": text[:CHARACTERS]}) for text in found[:documents]]
         make_folder(heldout.parent)
         write_atomic(heldout, ("\n".join(lines) + "\n").encode())
     return prismoe.DomainSource(train=(str(folder / "train-*"),), heldout=(str(heldout),))

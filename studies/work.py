@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ import prismoe
 from prismoe.config.keys import wanted_statistics
 from prismoe.config.settings import PlanConfig
 from prismoe.data.shards import Domain, heldout_windows
+from prismoe.doctor import cpu_name
 from prismoe.errors import NumericalError
 from prismoe.folder import make_folder, remove_folder, versions, write_json_atomic
 from prismoe.progress import Progress, quiet
@@ -96,7 +96,7 @@ def run(job: Job, places: Places, *, on_progress: Progress = quiet) -> dict[str,
 
 def measure_parent(places: Places, *, eval_tokens: int) -> dict[str, Any]:
     """The parent's losses on the text that runs are measured on while they train, and document by document."""
-    path = places.folder / "parent.json"
+    path = places.folder / f"parent-{prismoe.Checkpoint.open(places.parent).fingerprint[:16]}-{eval_tokens}.json"
     if not path.exists():
         domains = domains_of("all", places.text)
         reference = prismoe.reference_loss(places.parent, domains, seq_len=SEQ_LEN, max_tokens=eval_tokens, threads=1)
@@ -129,7 +129,7 @@ def calibration_of(job: Job, places: Places, *, make: bool = False) -> Path | No
     plan, arguments = _split(job.spec["plan"])
     if not plan or not (wanted := wanted_statistics(PlanConfig(**plan, arguments=arguments))):
         return None
-    clusters = max(8, wanted.get("clusters", 0))
+    clusters = wanted.get("clusters") or 8
     folder = places.folder / "calibration" / f"{clusters}-{job.seed}"
     if make:
         config = prismoe.CalibrateConfig(
@@ -149,19 +149,19 @@ def _start(job: Job, places: Places, domains: list[Path], on_progress: Progress)
     """What is trained: a folder, how a mixture is made of it in memory, and the tokens that were spent to get there."""
     spec = job.spec
     if not spec["plan"]:
-        return places.parent, {}, 0
+        return places.parent, {}, spec["before"]
     plan, arguments = _split(spec["plan"])
     made = prismoe.make_plan(places.parent, seed=job.seed, calibration=calibration_of(job, places), **plan, **arguments)
     if spec["target"] != "dense" and not {"config", "recover"} & spec.keys() and spec["pretrain"]["init"] == "source":
-        return places.parent, {"plan": made, "target": spec["target"]}, 0
-    folder, tokens = places.run(job) / "mixture", 0
+        return places.parent, {"plan": made, "target": spec["target"]}, spec["before"]
+    folder, tokens = places.run(job) / "mixture", spec["before"]
     prismoe.convert(places.parent, made, target=spec["target"], out=folder)
     if "config" in spec:
         folder = _changed(folder, spec["config"])
     if "recover" in spec:
         config = prismoe.RecoverConfig(**spec["recover"], seq_len=SEQ_LEN, seed=job.seed, threads=1)
         out = places.run(job) / "recovered"
-        tokens = prismoe.recover(
+        tokens += prismoe.recover(
             places.parent, folder, config=config, domains=domains, out=out, on_progress=on_progress
         ).tokens
         folder = out
@@ -197,7 +197,8 @@ def _config(job: Job, places: Places) -> prismoe.PretrainConfig:
 def _curves(path: Path, job: Job, tokens_before: int, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Of every evaluation the tokens until then, losses by domain, what routers do; the training loss thinned."""
     lines = read_metrics(path) if path.exists() else []
-    evals = [line for line in lines if line["event"] == "eval"]
+    # A run that went back to a checkpoint has evaluated some steps twice.
+    evals = list({line["step"]: line for line in lines if line["event"] == "eval"}.values())
     steps = [line for line in lines if line["event"] == "step"]
     a_step = job.spec["pretrain"]["batch_size"] * SEQ_LEN
     found: dict[str, Any] = {
@@ -228,4 +229,4 @@ def _machine(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores, one thread a run"
+    return f"{cpu_name()}, {os.cpu_count()} cores, one thread a run"

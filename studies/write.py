@@ -40,6 +40,8 @@ LABELS = {
     "weight": "weight of the domain",
 }
 EMPTY = "(not written yet)"
+ENOUGH = 3  # seeds, to call a row better or worse
+LEAST_GAP = 0.1  # nats a token to the parent, of which a share can be closed
 
 
 def write(results: Path, docs: Path) -> Path:
@@ -49,11 +51,13 @@ def write(results: Path, docs: Path) -> Path:
     parts = [_head(found), _conclusion("summary", kept)]
     figures = []
     for question in questions():
-        if not (lines := found.lines(question.name)):
-            continue
-        figure = Figure(question.name, question.title, [_axis(found, lines, panel) for panel in question.panels])
-        figures.append(figure)
-        parts += _section(found, question, lines, kept)
+        lines = found.lines(question.name)
+        if any(line.runs for line in lines):
+            axes = [_axis(found, lines, panel) for panel in question.panels]
+            figures.append(Figure(question.name, question.title, axes))
+            parts += _section(found, question, lines, kept)
+        elif question.name in kept:
+            parts += [f"## {question.title}", _conclusion(question.name, kept)]
     make_folder(docs / "study")
     for figure, drawn in zip(figures, draw(figures), strict=True):
         write_atomic(docs / "study" / f"{figure.name}.png", drawn.png)
@@ -65,6 +69,12 @@ def _head(found: Findings) -> str:
     runs = list(found.runs.values())
     seconds, cpu = (sum(run[key] for run in runs) for key in ("seconds", "cpu_seconds"))
     diverged = [run for run in runs if run["diverged"]]
+    wanted = {key for file in found.files.values() for keys in file["settings"].values() for key in keys}
+    missing = (
+        f"**{len(wanted - found.runs.keys())} of {len(wanted)} runs are not there yet.** "
+        if wanted - found.runs.keys()
+        else ""
+    )
     machines = " · ".join(dict.fromkeys(run["machine"] for run in runs))
     versions = " · ".join(
         dict.fromkeys(", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs)
@@ -74,55 +84,82 @@ def _head(found: Findings) -> str:
 Written by `python -m studies.write` from [studies/results](../studies/results), which `make study` makes; only the
 conclusions are written by people.
 
-- {len(runs)} runs ({len(diverged)} diverged) of size {found.parent["size"]}, {seconds / 3600:.1f} hours of runs,
-  {cpu:.0f} CPU-seconds, {sum(run["tokens"] for run in runs) / 1e6:.0f} M tokens; {machines}; {versions}.
+- {missing}{len(runs)} runs ({len(diverged)} diverged) of size {found.parent["size"]}, {seconds / 3600:.1f} hours of
+  runs, {cpu:.0f} CPU-seconds, {sum(run["tokens"] for run in runs) / 1e6:.0f} M tokens; {machines}; {versions}.
 - The parent: [studies/parent](../studies/parent), {PARENT_TOKENS / 1e6:.0f} M tokens, mean held-out loss
   {found.parent_loss:.3f} nats a token. Arms of a seed read the same batches, unless text or weights differ.
 - Loss: mean over the seven domains of the nats a token of whole documents cut to one window
   ({sum(map(len, found.parent["document_tokens"].values()))} documents), in float32 at the end of training; ± is the
-  standard deviation over seeds. `change` is against the first row (of the same
-  active share, where there are two) under the same seed; p is of a paired test (random
-  signs) over documents, averaged over seeds, after Holm's correction over the table: it speaks of other text. The last
-  column says in how many seeds the change has the sign of the mean: a row is better or worse where both agree.
-- `gap closed` is the share of the way from that row's loss before training to the parent's loss.
+  standard deviation over seeds. `change` is that to the row named in `against` (to the first where none is named),
+  under the same seed; p is of a paired test (random signs) over documents, averaged over seeds, after Holm's
+  correction over the table: it speaks of other text. `seeds` says in how many the change has the sign of the mean. A
+  row is called better or worse where p < 0.05 and all of three or more seeds agree, none of them diverged.
+- `gap closed` is the share of the way from the loss before training (of the row in `against` if there is one) to the
+  parent's loss, where that is more than {LEAST_GAP}. Curves, and tokens to close a gap, are of a part of that text: the
+  first {found.eval_tokens} tokens or so of each domain.
 - Figures of losses leave out that before training; the dashed line is the parent; bands are all seeds."""
 
 
 def _section(found: Findings, question: Question, lines: Sequence[Line], kept: Mapping[str, str]) -> list[str]:
-    by_name = {line.name: line for line in lines}
-    against = {setting.name: by_name.get(setting.against, lines[0]) for setting in question.settings}
-    tests = found.tests(lines, against)
+    by_name = {line.name: line for line in lines if line.runs}
+    first = question.settings[0].name
+    against = {setting.name: by_name.get(setting.against or first) for setting in question.settings}
+    pairs = [(line, other) for line in by_name.values() if (other := against[line.name]) and other is not line]
+    tests = found.tests(pairs)
     routed = any("entropy" in run for line in lines for run in line.runs)
-    head = ["setting", "runs", "before", "loss", "change", "p", "seeds", "gap closed"]
+    head = ["setting", "runs", "before", "loss", "against", "change", "p", "seeds", "gap closed"]
     head += ["entropy", "idle", "busiest"] * routed + ["M tokens", "tokens/s", "s a run"]
-    rows = [_row(found, line, tests.get(line.name), against[line.name], routed=routed) for line in lines]
+    rows = [
+        _row(found, line, tests.get(line.name), against[line.name], routed=routed, first=first)
+        for line in by_name.values()
+    ]
     parts = [f"## {question.title}", f"Answers to {question.paper}. {question.about}"]
     parts += [f"![{question.title}](study/{question.name}.png)", _table(head, rows)]
-    if any(panel.metric == "closed" for panel in question.panels):
-        parts.append(_closing(found, lines, statistics.fmean(lines[0].start)))
-    command = f"python -m studies.runner --only {question.name}"
+    if missing := [line.name for line in lines if not line.runs]:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
+    parts += [
+        f"Diverged: {line.name}, seed {run['seed']}: {run['diverged']}."
+        for line in by_name.values()
+        for run in line.runs
+        if run["diverged"]
+    ]
+    if first in by_name and any(panel.metric == "closed" for panel in question.panels):
+        parts.append(_closing(found, list(by_name.values()), statistics.fmean(by_name[first].start)))
+    command = f"python -m studies.runner --corpora FOLDER --only {question.name}"
     seconds = sum(run["seconds"] for line in lines for run in line.runs)
     parts.append(f"`{command}`; {seconds / 60:.0f} minutes of runs, those shared with other questions included.")
     return [*parts, _conclusion(question.name, kept)]
 
 
 def _row(
-    found: Findings, line: Line, test: tuple[list[float], float] | None, against: Line, *, routed: bool
+    found: Findings,
+    line: Line,
+    test: tuple[list[float], float] | None,
+    against: Line | None,
+    *,
+    routed: bool,
+    first: str,
 ) -> list[str]:
     diverged = len(line.runs) - len(line.ended)
-    runs = f"{len(line.runs)}" + f", {diverged} diverged" * bool(diverged)
+    runs = (
+        f"{len(line.runs)}"
+        + f" of {line.wanted}" * (len(line.runs) < line.wanted)
+        + f", {diverged} diverged" * bool(diverged)
+    )
     row = [line.name, runs, spread(line.start, 2), spread(line.end)]
-    if test is None:
-        row += ["", "", ""]
+    if test is None or against is None:
+        row += ["", "", "", ""]
     else:
         gaps, p = test
         mean = statistics.fmean(gaps)
         agree = sum(gap * mean > 0 for gap in gaps)
-        verdict = " **better**" if p < 0.05 and agree == len(gaps) and mean < 0 else ""
-        verdict = " **worse**" if p < 0.05 and agree == len(gaps) and mean > 0 else verdict
-        row += [spread(gaps, sign=True), f"{p:.2g}", f"{agree}/{len(gaps)}{verdict}"]
-    start, ends = statistics.fmean(against.start), [values[-1] for values in line.curve("heldout")[1]]
-    closed = [100 * (start - end) / (start - found.parent_heldout) for end in ends]
+        whole = len(gaps) >= ENOUGH and len(gaps) == len(line.runs) == len(against.runs)
+        verdict = (" **better**" if mean < 0 else " **worse**") if whole and p < 0.05 and agree == len(gaps) else ""
+        name = "" if against.name == first else against.name
+        row += [name, spread(gaps, sign=True), f"{p:.2g}", f"{agree}/{len(gaps)}{verdict}"]
+    start, ends = statistics.fmean((against or line).start), [values[-1] for values in line.curve("heldout")[1]]
+    gap = start - found.parent_heldout
+    closed = [100 * (start - end) / gap for end in ends] if gap > LEAST_GAP else []
     row.append(f"{spread(closed, 1)} %" if closed else "")
     for metric in ("entropy", "idle", "busiest") if routed else ():
         values = [float(rows[-1]) for rows in line.curve(metric)[1]]
@@ -148,8 +185,10 @@ def _closing(found: Findings, lines: Sequence[Line], start: float) -> str:
 
 
 def _axis(found: Findings, lines: Sequence[Line], panel: Panel) -> Axis:
-    chosen = [line for line in lines if not panel.settings or line.name in panel.settings]
-    start = statistics.fmean(lines[0].start)
+    chosen = [line for line in lines if line.runs and (not panel.settings or line.name in panel.settings)]
+    if panel.metric == "closed" and not lines[0].runs:
+        chosen = []  # nothing to measure the gap from
+    start = statistics.fmean(lines[0].start or [0.0])
     curves = []
     for line in chosen:
         tokens, rows = line.curve("heldout" if panel.metric == "closed" else panel.metric)

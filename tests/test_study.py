@@ -17,8 +17,8 @@ from studies.arms import questions
 from studies.design import SIZES, Panel, Question, Setting, jobs_of
 from studies.findings import Findings
 from studies.parent import DOMAINS
-from studies.runner import check_inputs, collect, forecast, study
-from studies.work import Places
+from studies.runner import check_inputs, collect, forecast, restore, study
+from studies.work import Places, _curves
 from tests.text import jsonl
 from tests.tiny import TEXT, tiny_dense
 
@@ -86,6 +86,9 @@ def test_two_arms_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert np.allclose(np.sum(plain["load"], axis=1), 1, atol=4e-3)
         assert by_name["breaks", seed]["diverged"], "an arm that diverges is said to"
 
+    restore(results, elsewhere := Places(parent, tmp_path / "elsewhere"))
+    assert "0 runs left" in forecast([QUESTION], SIZE, elsewhere, source=source)[-1], "another clone begins again"
+
     page = writer_page(results, docs, monkeypatch)
     assert "| breaks | 2, 2 diverged |" in page
     assert "| random | 2 |" in page
@@ -96,6 +99,42 @@ def test_two_arms_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.Monke
     (docs / "study.md").write_text(page.replace(empty, mine))
     assert mine in writer_page(results, docs, monkeypatch)
     assert (docs / "study" / "construction.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_study_that_is_not_finished_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, text = tiny_dense(tmp_path / "parent"), corpora(tmp_path / "corpora")
+    places, results = Places(parent, tmp_path / "out"), tmp_path / "results"
+    source = check_inputs(parent, text)
+    jobs = jobs_of([QUESTION], SIZE, source=source)
+    order = [name for name in ("fitted", "breaks", "random") for job in jobs if job.names[0].endswith(name)][::2]
+    monkeypatch.setattr(
+        "studies.runner.jobs_of",
+        lambda *_, **__: sorted(jobs, key=lambda job: (job.seed, order.index(job.names[0].split(": ")[1]))),
+    )
+    monkeypatch.setattr("studies.runner.run", stopping_after(1))
+    with pytest.raises(KeyboardInterrupt):
+        study([QUESTION], SIZE, places, corpora=text, say=lambda line: None)
+    monkeypatch.undo()
+    collect([QUESTION], SIZE, places, source=source, out=results)
+    page = writer_page(results, tmp_path / "docs", monkeypatch)
+    assert "**5 of 6 runs are not there yet.**" in page
+    assert "Not run yet: random, breaks." in page
+    [row] = [line for line in page.splitlines() if line.startswith("| fitted |")]
+    assert row.split(" | ")[1] == "1 of 2"
+    assert row.split(" | ")[4:8] == ["", "", "", ""], "what it would be compared with is not there"
+    assert "**" not in row
+
+
+def test_an_evaluation_that_was_made_twice_counts_once(tmp_path: Path) -> None:
+    [job] = jobs_of([replace(QUESTION, settings=QUESTION.settings[:1])], replace(SIZE, seeds=(0,)), source="x")
+    evals = [
+        {"event": "eval", "step": step, "heldout": {"a": {"loss": loss}}} for step, loss in [(0, 5), (1, 4), (1, 3)]
+    ]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in evals))
+    found = _curves(log, job, 100, [])
+    assert found["curve_tokens"] == [100, 356]
+    assert found["heldout"] == {"a": [5, 3]}
 
 
 def writer_page(results: Path, docs: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -121,8 +160,9 @@ def test_the_loss_of_documents_is_that_of_the_evaluation(tmp_path: Path) -> None
     parent, text = tiny_dense(tmp_path / "parent"), corpora(tmp_path / "corpora")
     places = Places(parent, tmp_path / "out")
     question = replace(QUESTION, settings=())
-    study([question], replace(SIZE, eval_tokens=10_000), places, corpora=text)
-    collect([question], SIZE, places, source=check_inputs(parent, text), out=tmp_path / "results")
+    size = replace(SIZE, eval_tokens=10_000)
+    study([question], size, places, corpora=text)
+    collect([question], size, places, source=check_inputs(parent, text), out=tmp_path / "results")
     found = Findings(tmp_path / "results")
     assert found.parent_loss == pytest.approx(found.parent_heldout, abs=2e-3)
 

@@ -63,7 +63,9 @@ def _made(panel: Panel) -> Any:
         axes = figure.add_axes((left / panel.width, below / panel.height, wide / panel.width, high / panel.height))
     panel.draw(axes)
     if panel.title:
-        axes.set_title(panel.title, pad=24 if axes.get_legend() else 6)
+        legend = axes.get_legend()
+        rows = -(-len(legend.get_texts()) // legend._ncols) if legend else 0  # ours stands between axes and title
+        axes.set_title(panel.title, pad=24 + 15 * (rows - 1) if rows else 6)
     return figure
 
 

@@ -30,7 +30,9 @@ QUESTION = Question(
     name="construction",
     title="Construction methods, static control, router initialisation",
     paper="figure 3 a, b",
-    about="The static control is the parent pruned to the same active width, by activation, and trained alike.",
+    about="The static control is the parent pruned to the same active width, by activation, and trained alike. Text "
+    "that plans were measured on is not counted here. Gradient inter (scale 7/3 and 7) and the measured scale train "
+    "folded.",
     settings=(
         *(Setting(f"{name} 50 %", changes) for name, changes in HALF.items()),
         *(Setting(f"{name} 25 %", changes, against="random 25 %") for name, changes in QUARTER.items()),

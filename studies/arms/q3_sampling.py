@@ -14,9 +14,16 @@ QUESTION = Question(
     name="sampling",
     title="Sampling weights: static, dynamic",
     paper="figures 4 and 5",
-    about="Dynamic weights move at each evaluation by exp(loss − loss of the parent). Proportional is what the parent "
+    about="Dynamic weights move at each evaluation by exp(loss − loss of the parent), on the held-out text that they "
+    "are judged on too; each is compared with the static weights that it starts from. Proportional is what the parent "
     "was trained with. Losses are means over seven domains, so they reward what is even over the domains.",
-    settings=(Setting("proportional", {}), *(Setting(name, changes) for name, changes in WEIGHTS.items())),
+    settings=(
+        Setting("proportional", {}),
+        *(
+            Setting(name, changes, against=name.replace("dynamic from", "static") * name.startswith("dynamic"))
+            for name, changes in WEIGHTS.items()
+        ),
+    ),
     panels=(
         Panel("mean of the domains"),
         Panel("CommonCrawl", "heldout:commoncrawl"),
