@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prismoe.report.page import Figure, Panel
-from prismoe.report.style import new_figure, styled
+from prismoe.report.style import legend_rows, new_figure, styled
 
 __all__ = ["DPI", "Drawn", "draw", "drawn_here"]
 
@@ -63,8 +63,7 @@ def _made(panel: Panel) -> Any:
         axes = figure.add_axes((left / panel.width, below / panel.height, wide / panel.width, high / panel.height))
     panel.draw(axes)
     if panel.title:
-        legend = axes.get_legend()
-        rows = -(-len(legend.get_texts()) // legend._ncols) if legend else 0  # ours stands between axes and title
+        rows = legend_rows(axes)  # they stand between axes and title
         axes.set_title(panel.title, pad=24 + 15 * (rows - 1) if rows else 6)
     return figure
 

@@ -16,6 +16,7 @@ __all__ = [
     "MARKERS",
     "heat_map",
     "legend_above",
+    "legend_rows",
     "log_axis",
     "look",
     "name_cells",
@@ -117,16 +118,25 @@ def reference_line(axes: Axes, value: float) -> None:
 
 def legend_above(axes: Axes) -> None:
     """The legend over the axes, where it covers no data."""
-    longest = max((len(label) for label in axes.get_legend_handles_labels()[1]), default=0)
-    columns = 4 if longest < 8 else 3 if longest < 14 else 2
     axes.legend(
-        ncols=columns,
+        ncols=_columns(axes.get_legend_handles_labels()[1]),
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
         borderaxespad=0.1,
         columnspacing=1.0,
         handlelength=1.5,
     )
+
+
+def legend_rows(axes: Axes) -> int:
+    """Of the legend that `legend_above` made; 0 without one."""
+    labels = [text.get_text() for text in legend.get_texts()] if (legend := axes.get_legend()) else []
+    return -(-len(labels) // _columns(labels))
+
+
+def _columns(labels: Sequence[str]) -> int:
+    longest = max(map(len, labels), default=0)
+    return 4 if longest < 8 else 3 if longest < 14 else 2
 
 
 def heat_map(axes: Axes, grid: Any, *, top: float, label: str, low: float = 0.0) -> None:
