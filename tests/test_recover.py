@@ -17,7 +17,7 @@ from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, ResourceError, UsageError
 from prismoe.plan import make_plan
 from prismoe.recover import RecoverConfig, Recovered, recover
-from prismoe.recover.block import Block, layer_keys
+from prismoe.recover.block import Block, down_keys, layer_keys
 from prismoe.recover.choice import choose_top_k
 from prismoe.recover.learn import Lesson, measure, squared_error
 from prismoe.targets import find_target
@@ -282,13 +282,34 @@ def test_dense_layers_between_do_not_lose_the_thread(tmp_path: Path) -> None:
     same_files(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_copies_are_left_as_they_are(dense: Path, domain: Domain, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [None, 3])
+def test_copies_are_left_as_they_are(dense: Path, domain: Domain, tmp_path: Path, budget: int | None) -> None:
     moe = mixture(dense, "mixtral", method="upcycle")
-    found = work(dense, moe, domain, tmp_path / "out")
+    found = work(dense, moe, domain, tmp_path / "out", budget=budget)
     assert [layer.learned for layer in found.layers] == [False, False]
+    assert [layer.factor for layer in found.layers] == [1.0, 1.0]
+    assert found.learning_k == (budget or 2)
     assert max(layer.after for layer in found.layers) < 1e-5
-    assert found.warnings == ()
+    assert not any("did not lower" in text for text in found.warnings)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (moe / "model.safetensors").read_bytes()
+
+
+def test_what_did_not_learn_another_k_is_as_it_was_but_for_its_factor(
+    dense: Path, moe: Path, domain: Domain, tmp_path: Path
+) -> None:
+    found = work(dense, moe, domain, tmp_path / "out", budget=3, lr=3.0)
+    assert [layer.learned for layer in found.layers] == [False, False]
+    assert max(layer.after for layer in found.layers) < 1.1
+    before, after = Checkpoint.open(moe), Checkpoint.open(tmp_path / "out")
+    scaled = {key for n in (0, 1) for key in down_keys(find_target("mixtral"), n, num_experts=4)}
+    for name in before.tensors:
+        old, new = before.array(name), after.array(name)
+        factor = float((new * old).sum() / (old * old).sum()) if name in scaled else 1.0
+        np.testing.assert_allclose(new, factor * old, rtol=1e-5, err_msg=name)
+        assert (name in scaled) == (factor != 1.0)
+    ids = held_out_of_learning(domain, found)
+    own, parent = (outputs(load_model(folder), ids) for folder in (tmp_path / "out", dense))
+    assert distance(own[0][0], parent[0][0]) == pytest.approx(found.layers[0].after, rel=1e-4)
 
 
 def test_a_budget_by_layer_where_the_architecture_has_one(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class RecoveredLayer:
     Attributes:
         before, after: of the folder as it was, and as it is now, each with its own K.
         top_k: experts a token, chosen now.
-        learned: False where learning did not lower the error and the layer stays as it was.
+        learned: False where learning did not lower the error: the layer stays as it was, but for the factor of its K.
         errors: with K = 1 … E experts on, the routed output by its best factor for every K but the one that was
             learned with; `factor` is that of the K chosen, folded into the down matrices.
         mass: mean share of the K = 1 … E largest router scores in the sum of all.

@@ -178,9 +178,10 @@ class _Sweep:
         training, held = (Lesson(inputs, outputs, rows, self.device) for rows in job.rows)
         block = self._block(layer)
         before = measure(block, held, top_k=job.top_k)
-        start = before
+        start, factor = before, 1.0
         if job.learning_k != job.top_k:  # its own factor, from the text that is learned from
-            block.multiply(self._down(layer), measure(block, training, top_k=job.top_k).factors[job.learning_k - 1])
+            factor = measure(block, training, top_k=job.top_k).factors[job.learning_k - 1]
+            block.multiply(self._down(layer), factor)
             start = measure(block, held, top_k=job.learning_k)
 
         def on_step(step: int, steps: int, error: float) -> None:
@@ -191,15 +192,19 @@ class _Sweep:
         changed = block.round()
         measured = measure(block, held, top_k=job.learning_k)
         learned = measured.errors[job.learning_k - 1] < start.errors[job.learning_k - 1]
-        if not learned and job.learning_k == job.top_k:
-            changed, measured, block = {}, before, self._block(layer)  # an exact copy of the FFN cannot learn
+        if not learned:  # as an exact copy of the FFN, which cannot
+            changed, measured, block = {}, start, self._block(layer, learns=False)
+            if factor != 1.0:
+                block.multiply(self._down(layer), factor)
+                changed = block.round()
+                measured = measure(block, held, top_k=job.learning_k)
         block.router.top_k = job.learning_k
         numbers = {"before": before.errors[job.top_k - 1], "learned": learned, "measured": asdict(measured)}
         return changed, numbers, block
 
-    def _block(self, layer: int) -> Block:
+    def _block(self, layer: int, *, learns: bool = True) -> Block:
         job = self.job
-        keys = layer_keys(job.target, layer, num_experts=job.num_experts, train=job.config.train)
+        keys = layer_keys(job.target, layer, num_experts=job.num_experts, train=job.config.train) if learns else []
         return Block(job.moe, layer, keys, device=self.device)
 
     def _down(self, layer: int) -> list[str]:

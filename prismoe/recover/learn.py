@@ -25,6 +25,7 @@ __all__ = ["Lesson", "Measured", "learn", "measure", "squared_error"]
 Rows = npt.NDArray[np.int64]
 ROWS = 1024  # tokens at a time where nothing is learned
 WARMUP, FLOOR, CLIP = 1 / 20, 0.1, 1.0
+NO_FACTOR = 2.0**-9  # so near to 1 it is rounding, and bfloat16 weights would stay as they are: copies keep their bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Measured:
     Attributes:
         errors: ‖c·routed + rest - FFN‖ / ‖FFN‖ for K = 1 … E.
         factors: the c of each: 1 for the K that it has, the best one (least squares) for others, which a folder
-            can hold by its down matrices.
+            can hold by its down matrices; 1 where that is rounding.
         mass: mean share of the K largest router scores in their sum.
         load: share of the assignments that go to each expert, with the K that it has.
     """
@@ -152,7 +153,7 @@ def measure(block: Block, lesson: Lesson, *, top_k: int) -> Measured:
     errors, factors = [], []
     for k, (product, routed, wanted) in enumerate(sums.tolist(), start=1):
         best = product / routed if routed > 0 and product > 0 else 1.0
-        factor = 1.0 if k == top_k else best
+        factor = 1.0 if k == top_k or abs(best - 1.0) < NO_FACTOR else best
         errors.append(math.sqrt(max(wanted - 2 * factor * product + factor**2 * routed, 0.0) / energy))
         factors.append(factor)
     return Measured(
