@@ -177,6 +177,8 @@ def test_what_is_not_dense_with_all_experts_on(tmp_path):
     assert known(shared, plain) == [AllOn(0.5, exact=False)] * 3  # absorbed: they would count twice
     whole = replace(shared, layers=tuple(replace(layer, scale=4.0) for layer in shared.layers))
     assert known(whole, plain) == [AllOn(0.25)] * 3
+    with watch(plain) as routers:
+        assert all_on(partition, plain, [routers[0]] * 3, trained=True) == [AllOn(0.5, exact=False)] * 3
 
 
 @pytest.mark.parametrize("step", [0, 5])
@@ -293,3 +295,18 @@ def test_what_a_run_says_when_it_cannot_be_the_dense_model_or_ends_too_early(run
     assert any("3 mixture layers with all experts on are not the dense layers" in text for text in trained.warnings)
     with pytest.raises(UsageError, match=r"experts are on until step 5 of 5"):
         train(run, "short", steps=5)
+
+
+def test_what_was_trained_before_is_not_taken_for_the_dense_model(run):
+    base, dense = run
+    convert(dense, make_plan(dense, num_experts=4, router_std=0.3), target="mixtral", out=base / "moe")
+    settings, unlike = replace(SETTINGS, steps=2, arguments={"anneal": [0, 1]}), "are not the dense layers"
+    source, found = base / "moe", []
+    for out in ("converted", "trained"):
+        trained = pretrain(source, settings, domains=[base / "text"], out=base / out)
+        steps = [line for line in read_metrics(base / out / "metrics.jsonl") if line["event"] == "step"]
+        found.append((steps[0]["layers_not_dense"], [text for text in trained.warnings if unlike in text]))
+        source = trained.model
+    (new, nothing), (old, (warning,)) = found
+    assert (new, old, nothing) == (0, 3, [])
+    assert warning.endswith("or they have been trained")

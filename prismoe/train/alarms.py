@@ -100,7 +100,7 @@ def warnings_of(
     if unlike := last_step.get(f"{prefix}layers_not_dense"):
         found.append(
             f"{unlike:.0f} mixture layers with all experts on are not the dense layers: "
-            "their plan is not known, holds neurons unevenly or changes them"
+            "their plan is not known, holds neurons unevenly or changes them, or they have been trained"
         )
     if last_step.get(f"{prefix}share_dense"):
         on = last_step[f"{prefix}experts_on"]

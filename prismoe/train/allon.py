@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,20 @@ from prismoe.train.routers import AllOn, Router
 __all__ = ["all_on"]
 
 
-def all_on(plan: Plan | None, model: Any, routers: Sequence[Router]) -> list[AllOn | None]:
+def all_on(plan: Plan | None, model: Any, routers: Sequence[Router], *, trained: bool = False) -> list[AllOn | None]:
     """For each router what is known of its experts together; None without a plan of as many layers.
 
-    A neuron that m experts hold, each with the scale s and the same weight w, counts m·s·w times: w = 1/(m·s) is the
-    dense FFN if every routed neuron is in m of them and its experts are the dense neurons, unchanged. Shared neurons
-    that were absorbed into every expert count E·w times instead, which has to be once as well.
+    Of weights that were `trained` since the plan made them nothing is exact. A neuron that m experts hold, each with
+    the scale s and the same weight w, counts m·s·w times: w = 1/(m·s) is the dense FFN if every routed neuron is in m
+    of them and its experts are the dense neurons, unchanged. Shared neurons that were absorbed into every expert count
+    E·w times instead, which has to be once as well.
     """
     layers = [layer for layer in plan.layers if layer is not None] if plan is not None else []
     if plan is None or len(layers) != len(routers):
         return [None] * len(routers)
     has_shared = any("shared" in name for name, _ in model.named_modules())
-    return [_all_on(layer, plan.num_neurons, has_shared=has_shared) for layer in layers]
+    found = [_all_on(layer, plan.num_neurons, has_shared=has_shared) for layer in layers]
+    return [replace(one, exact=one.exact and not trained) for one in found]
 
 
 def _all_on(layer: LayerPlan, num_neurons: int, *, has_shared: bool) -> AllOn:

@@ -61,6 +61,7 @@ def train(
     engine: Engine,
     out: Path,
     plan: Plan | None,
+    trained: bool,
     stop: StopRequest,
     on_progress: Progress,
     teacher: Teacher | None = None,
@@ -69,7 +70,8 @@ def train(
 
     Batches come from the mixture of `mixing`, whose weights it moves where it is due. Rank 0 writes `metrics.jsonl`
     in `out`; every process writes its part of `checkpoints/`. The scales of `plan`, which made the mixture, are
-    unfolded as `config.unfold_scale` says (see `train.unfold`), and folded again at the end.
+    unfolded as `config.unfold_scale` says (see `train.unfold`), and folded again at the end; `trained` says that its
+    weights may have moved since then.
 
     Raises:
         InterruptedRun: `stop` was requested; the state is saved.
@@ -78,7 +80,7 @@ def train(
         UsageError: moved weights have used a domain up; the state is saved, and a larger `max_epochs` goes on.
     """
     with watch(model) as routers, unfolded(model, routers, unfolding(plan, model, routers, config.unfold_scale)):
-        for router, known in zip(routers, all_on(plan, model, routers), strict=True):
+        for router, known in zip(routers, all_on(plan, model, routers, trained=trained), strict=True):
             router.all_on = known
         policy = attach_policy(config.router, routers, arguments=config.arguments, all_reduce=engine.sum_with_gradient)
         optimizer = adamw([*model.parameters(), *policy.parameters().values()], config)

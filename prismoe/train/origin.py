@@ -15,6 +15,7 @@ from typing import Any
 from prismoe.checkpoint import Checkpoint
 from prismoe.convert.job import PLAN, prepare
 from prismoe.convert.layout import recipe_tensor
+from prismoe.folder import Manifest
 from prismoe.lowering import lower
 from prismoe.plan import Plan, plan_shape
 from prismoe.recipe import Copy, Recipe
@@ -99,6 +100,14 @@ class Origin:
         if self.made_with is None and PLAN in self.files:
             return Plan.load(self.checkpoint.folder / PLAN)
         return self.made_with
+
+    @property
+    def trained(self) -> bool:
+        """Whether weights may have moved since a plan made them: of all but this plan's and those `convert` wrote."""
+        if self.made_with is not None:
+            return False
+        manifest = Manifest.ours(self.checkpoint.folder)
+        return manifest is None or manifest.kind != "convert"
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """safetensors dtype and shape of every tensor of the model's folder."""

@@ -268,6 +268,7 @@ def _train(
             engine=engine,
             out=out,
             plan=plan,
+            trained=origin.trained,
             stop=stop,
             on_progress=on_progress,
             teacher=learned_from,
