@@ -26,6 +26,7 @@ from prismoe.strictjson import MAX_BYTES, read_json
 __all__ = [
     "FileEntry",
     "Manifest",
+    "bytes_there",
     "check_once",
     "claim",
     "fsync_folder",
@@ -312,6 +313,28 @@ def read_mark(folder: Path) -> tuple[str, str] | None:
     if not whole or path.read_bytes() not in (_json_bytes(bare), _json_bytes(_mark(kind, key))):
         raise InputError("was changed after it was written", where=str(path), hint="make the folder again")
     return kind, key
+
+
+def bytes_there(out: Path, *, kind: str, key: str, force: bool = False) -> int | None:
+    """What a job need not find room for: bytes in `out` of its stopped call, or those that `force` clears away.
+
+    None where it is finished, and needs nothing. A file counts by what it takes on the disk: scratch files have holes.
+
+    Raises:
+        InputError: mark or manifest are there, and are not what was written.
+    """
+    mark = read_mark(out)
+    if mark is None or (mark != (kind, key) and not force):
+        return 0
+    if not force and (manifest := Manifest.read(out)) is not None and manifest.same_work(kind, key):
+        return None
+    found = 0
+    for folder, _, names in os.walk(out):
+        for name in names:
+            with suppress(OSError):  # another process may be at work there: `claim` will tell
+                facts = Path(folder, name).lstat()
+                found += min(facts.st_size, 512 * facts.st_blocks)
+    return found
 
 
 def write_mark(folder: Path, kind: str, key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -360,14 +360,6 @@ def test_one_k_for_all_where_it_has_only_that(dense: Path, moe: Path, domain: Do
 # What is refused
 
 
-class Usage(NamedTuple):
-    """What `shutil.disk_usage` gives."""
-
-    total: int
-    used: int
-    free: int
-
-
 def test_what_is_wrong_is_told_before_the_first_step(
     dense: Path, moe: Path, domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +379,7 @@ def test_what_is_wrong_is_told_before_the_first_step(
         work(dense, moe, domain, out, tokens=16)
     with pytest.raises(UsageError, match="no sequence of 16"):
         work(dense, moe, domain, out, tokens=8)
-    monkeypatch.setattr("prismoe.room.shutil.disk_usage", lambda path: Usage(2000, 1000, 1000))
+    monkeypatch.setattr("prismoe.room.shutil.disk_usage", lambda path: (2000, 1000, 1000))
     with pytest.raises(ResourceError, match="disk free"):
         work(dense, moe, domain, out)
     assert not out.exists()

@@ -23,7 +23,7 @@ from prismoe.calibrate.text import Text, draw_text
 from prismoe.checkpoint import Checkpoint
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, InterruptedRun, UsageError
-from prismoe.folder import MANIFEST, Manifest, claim, hash_files, remove_folder, sha256_file, versions
+from prismoe.folder import MANIFEST, Manifest, bytes_there, claim, hash_files, remove_folder, sha256_file, versions
 from prismoe.progress import Progress, quiet
 from prismoe.stats.calibration import KIND, SCRATCH, SEQUENCES, Calibration, layer_file
 from prismoe.train.fit import check_fit
@@ -89,10 +89,11 @@ def calibrate(
             needed="at least one sequence each",
             hint="raise max_tokens or lower seq_len",
         )
-    needs = check_needs(checkpoint.family, text, config, out=out)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_IN_THE_RESULT}
     job = _Job(checkpoint, text, config, {**settings, "quantities": list(config.quantities)})
     state, key = "dry run", job.key
+    there = bytes_there(out, kind=KIND, key=key, force=force)
+    needs = check_needs(checkpoint.family, text, config, out=out, there=there)
     if not dry_run:
         with claim(out, kind=KIND, key=key, force=force):
             state = "already complete"

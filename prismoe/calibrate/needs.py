@@ -49,16 +49,18 @@ def estimate(dense: DenseConfig, text: Text, config: CalibrateConfig) -> Needs:
     )
 
 
-def check_needs(dense: DenseConfig, text: Text, config: CalibrateConfig, *, out: Path) -> Needs:
-    """The estimate, when it fits.
+def check_needs(dense: DenseConfig, text: Text, config: CalibrateConfig, *, out: Path, there: int | None) -> Needs:
+    """The estimate, when it fits beside what is `there` already (see `prismoe.folder.bytes_there`).
 
     Raises:
         ResourceError: the disk of `out` or (on a CPU) the memory is too small.
     """
     needs = estimate(dense, text, config)
+    if there is None:
+        return needs
     require_room(
         out,
-        disk_bytes=needs.disk_bytes,
+        disk_bytes=needs.disk_bytes - there,
         memory_bytes=needs.memory_bytes if config.device == "cpu" else BASE_BYTES,
         hint="a smaller batch_size, max_tokens or sample_tokens; for memory, fewer layers_at_once",
     )

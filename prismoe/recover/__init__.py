@@ -133,6 +133,7 @@ def recover(
         domains=[domain if isinstance(domain, Domain) else Domain.open(domain) for domain in domains],
         weights=weights,
         out=out,
+        force=force,
     )
     found: dict[str, Any] = {**_receipt(job, []), "layers": (), "warnings": ()}
     state = "dry run"
@@ -151,8 +152,9 @@ def recover(
 
 def _work(job: Job, out: Path, *, force: bool, on_progress: Progress) -> str:
     from prismoe.convert.stream import finished, write_output
+    from prismoe.recover.job import KIND
     from prismoe.recover.layers import recover_layers
-    from prismoe.recover.output import KIND, recovered_folder
+    from prismoe.recover.output import recovered_folder
     from prismoe.train.device import num_threads
 
     scratch = out / "scratch"

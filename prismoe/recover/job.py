@@ -17,7 +17,7 @@ from prismoe.checkpoint import Checkpoint
 from prismoe.convert.job import PLAN
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, UsageError
-from prismoe.folder import MANIFEST, Manifest, sha256_file, versions
+from prismoe.folder import MANIFEST, Manifest, bytes_there, sha256_file, versions
 from prismoe.plan import Plan
 from prismoe.recover.block import layer_keys
 from prismoe.recover.settings import RecoverConfig
@@ -26,8 +26,9 @@ from prismoe.target import Target
 from prismoe.targets import find_target
 from prismoe.train.fit import check_fit, num_experts
 
-__all__ = ["Job", "prepare"]
+__all__ = ["KIND", "Job", "prepare"]
 
+KIND = "recover"
 LONGEST = 2048  # ids of a window where the config leaves it to us
 HELD_SHARE, HELD_MOST = 8, 8192  # an eighth of the text is kept back to measure on, and not more tokens than that
 LR_WIDTH = 0.6
@@ -105,6 +106,7 @@ def prepare(
     domains: Iterable[Domain],
     weights: Mapping[str, float] | str,
     out: Path,
+    force: bool,
 ) -> Job:
     """Everything that can be wrong, told before anything is computed; see `recover` for what is raised."""
     for checkpoint in (dense, moe):
@@ -147,7 +149,9 @@ def prepare(
     memory_bytes, disk_bytes = _needs(job)
     hint = "fewer tokens, or choose --out; for memory, a smaller batch_size or batch_tokens"
     on_cpu = config.device == "cpu"
-    require_room(out, disk_bytes=disk_bytes, memory_bytes=memory_bytes if on_cpu else BASE_BYTES, hint=hint)
+    if (there := bytes_there(out, kind=KIND, key=job.key, force=force)) is not None:
+        memory = memory_bytes if on_cpu else BASE_BYTES
+        require_room(out, disk_bytes=disk_bytes - there, memory_bytes=memory, hint=hint)
     return replace(job, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
 
 

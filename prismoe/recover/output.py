@@ -18,12 +18,12 @@ from prismoe.convert.layout import lay_out
 from prismoe.convert.stream import Output
 from prismoe.recipe import Copy, Recipe, Take
 from prismoe.recover.block import down_keys
-from prismoe.recover.job import TOP_K, Job
+from prismoe.recover.job import KIND, TOP_K, Job
 from prismoe.recover.layers import LayerDone
 
-__all__ = ["KIND", "RECEIPT", "recovered_folder"]
+__all__ = ["RECEIPT", "recovered_folder"]
 
-KIND, RECEIPT = "recover", "recovery.json"
+RECEIPT = "recovery.json"
 SHARD_BYTES = 5_000_000_000
 
 

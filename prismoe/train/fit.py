@@ -93,8 +93,11 @@ def check_room(
     *,
     num_parameters: int,
     num_taught: int = 0,
+    there: int | None,
 ) -> None:
     """Disk and memory that a run cannot do without; `model` is the stock config.
+
+    Of the disk less what is `there` already; nothing where that is None (see `prismoe.folder.bytes_there`).
 
     Weights, gradients and two moments in float32, the weights of a teacher (`num_taught`), what the loss takes, and of
     each token what enters each layer; everything else that is kept for the backward pass comes on top.
@@ -104,6 +107,8 @@ def check_room(
     Raises:
         ResourceError: there is less, with what there is and what is needed.
     """
+    if there is None:
+        return
     here = launched()[3]
     tokens = (config.micro_batch_size or config.batch_size // layout.world) * config.seq_len
     checkpoints = config.keep + 1 if config.save_every else 1
@@ -112,7 +117,7 @@ def check_room(
     held = (16 * num_parameters + 4 * num_taught) // layout.shard + logits + states
     require_room(
         out,
-        disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20),
+        disk_bytes=(12 * checkpoints + 4) * num_parameters + (16 << 20) - there,
         memory_bytes=0 if _on_device(config) else here * held,
         hint="free some space, or a smaller keep",
     )

@@ -20,7 +20,7 @@ from prismoe.data.reference import resolve_reference
 from prismoe.data.rules import STATIC, Mixing
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, ResourceError, UsageError
-from prismoe.folder import Manifest, claim, hash_files, remove_folder, sha256_file, write_json_atomic
+from prismoe.folder import Manifest, bytes_there, claim, hash_files, remove_folder, sha256_file, write_json_atomic
 from prismoe.plan import Plan
 from prismoe.progress import Progress, quiet
 from prismoe.train.alarms import warnings_of
@@ -148,10 +148,6 @@ def pretrain(
         teacher = teacher if config.teacher_weight else None
     layout = Layout(world=launched()[1], replicate=config.replicate, experts=config.expert_parallel)
     layout.check(batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, num_experts=origin.num_experts)
-    if config.init == "source":
-        check_room(
-            out, config, layout, origin.config, num_parameters=origin.num_parameters, num_taught=_num_taught(teacher)
-        )
     parents = {**origin.parents, **{f"domain {d.name}": _domain_hash(d) for d in mixture.domains}}
     parents |= {"teacher": config.teacher} if config.teacher else {}
     decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
@@ -160,6 +156,16 @@ def pretrain(
     settings = {"pretrain": asdict(config), "weights": mixture.weights(0)}
     job = {"pretrain": decisive, "weights": settings["weights"], "parents": parents}
     job = as_recorded(out / SETTINGS, job)
+    if config.init == "source":
+        check_room(
+            out,
+            config,
+            layout,
+            origin.config,
+            num_parameters=origin.num_parameters,
+            num_taught=_num_taught(teacher),
+            there=bytes_there(out, kind=KIND, key=_hash(job), force=force),
+        )
     if dry_run:
         return None
     from prismoe.train.engine import Engine
@@ -174,7 +180,7 @@ def pretrain(
         if done is not None:
             result = done.config["result"]
             return _receipt(out, result, resumed_from=result["steps"], seconds=None, steps_run=0)
-        result, finished = _train(origin, teacher, config, mixing, engine, out, settings, stop, on_progress)
+        result, finished = _train(origin, teacher, config, mixing, engine, out, settings, _hash(job), stop, on_progress)
         engine.barrier("the model is written")
         if engine.first:
             files = hash_files(out, ["metrics.jsonl", "model/manifest.json"])
@@ -218,6 +224,7 @@ def _train(
     engine: Engine,
     out: Path,
     settings: dict[str, Any],
+    key: str,
     stop: StopRequest,
     on_progress: Progress,
 ) -> tuple[dict[str, Any], tuple[int, float, int]]:
@@ -255,6 +262,7 @@ def _train(
                 model.config.to_dict(),
                 num_parameters=num_parameters,
                 num_taught=_num_taught(teacher),
+                there=bytes_there(out, kind=KIND, key=key),
             )
         plan = origin.plan() if config.init == "source" else None
         learned_from = None

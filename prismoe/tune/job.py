@@ -16,7 +16,7 @@ from typing import Any
 
 from prismoe.checkpoint import Checkpoint
 from prismoe.errors import InputError, PrismoeError, ResourceError, UsageError
-from prismoe.folder import Manifest, claim, hash_files, remove_folder, write_json_atomic
+from prismoe.folder import Manifest, bytes_there, claim, hash_files, remove_folder, write_json_atomic
 from prismoe.lock import LOCK, check_free
 from prismoe.progress import Progress, quiet
 from prismoe.room import require_room
@@ -118,7 +118,10 @@ def tune(
     with _told():
         names = config.policies[0] if len(config.policies) == 1 else config.policies
         check_steps(names, config.arguments, steps=rows.steps)
-    memory = _room(origin, config, out)
+    parents = {**origin.parents, **rows.parents}
+    decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    job = json.loads(json.dumps({"tune": decisive, "template": rows.template_sha256, "parents": parents}))
+    memory = _room(origin, config, out, there=bytes_there(out, kind=KIND, key=_hash(job), force=force))
     plain: dict[str, Any] = {
         "text": rows.text.receipt.to_dict(),
         "rows": rows.count,
@@ -130,9 +133,6 @@ def tune(
     }
     if dry_run:
         return _receipt(out, "checked", plain)
-    parents = {**origin.parents, **rows.parents}
-    decisive = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
-    job = json.loads(json.dumps({"tune": decisive, "template": rows.template_sha256, "parents": parents}))
     with _claimed(out, job, force=force), stop_on_signal() as stop:
         done = Manifest.read(out)
         if done is not None:
@@ -198,10 +198,10 @@ def _num_parameters(origin: Origin) -> int:
     return sum(prod(shape) for _, shape in origin.tensors().values())
 
 
-def _room(origin: Origin, config: TuneConfig, out: Path) -> int:
+def _room(origin: Origin, config: TuneConfig, out: Path, *, there: int | None) -> int:
     """Weights in float32; gradients and two moments of what trains; logits of a micro-batch. Activations come on top.
 
-    Returns the bytes of memory, by that estimate.
+    What is `there` needs no room, and None nothing. Returns the bytes of memory, by that estimate.
     """
     count = _num_parameters(origin)
     trained = count // 50 if config.lora_rank else count  # of an adapter the share that it has at usual ranks
@@ -209,7 +209,9 @@ def _room(origin: Origin, config: TuneConfig, out: Path) -> int:
     memory = 4 * count + 12 * trained + 12 * tokens * int(origin.config.get("vocab_size", 0))
     checkpoints = config.keep + 1 if config.save_every else 1
     disk = 12 * trained * checkpoints + 4 * count + (16 << 20)
-    require_room(out, disk_bytes=disk, memory_bytes=memory, hint="free some space, or a smaller tune.keep")
+    if there is not None:
+        hint = "free some space, or a smaller tune.keep"
+        require_room(out, disk_bytes=disk - there, memory_bytes=memory, hint=hint)
     return memory
 
 
