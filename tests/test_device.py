@@ -7,7 +7,8 @@ import torch
 
 from prismoe.errors import NumericalError, ResourceError
 from prismoe.room import available_memory, require_room
-from prismoe.train.device import matmul_kernel, num_threads, seed_draws
+from prismoe.train.device import matmul_kernel, matmul_precision, num_threads, product_rate, seed_draws
+from prismoe.train.experts import _compiled_by_size
 
 
 def test_threads_are_put_back():
@@ -42,6 +43,24 @@ def test_a_kernel_in_bfloat16_is_caught():
         pass
     assert caught.value.exit_code == 5
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_newer_switches_of_torch_are_left_as_they_are():
+    kinds = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        kinds[0].fp32_precision = "bf16"
+        assert matmul_precision() is None
+        assert product_rate(torch.float32) > 0
+        assert not _compiled_by_size(torch.ones(2, 2))
+        with contextlib.suppress(NumericalError), matmul_kernel(fast=True):
+            assert matmul_precision() == "medium"
+        assert matmul_precision() is None
+        assert [kind.fp32_precision for kind in kinds] == ["bf16", before[1]]
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+    assert matmul_precision() == "highest"
 
 
 def test_room(tmp_path):

@@ -6,12 +6,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
 from prismoe.errors import NumericalError
 
-__all__ = ["least_seconds", "matmul_kernel", "num_threads", "product_error", "product_rate", "seed_draws"]
+__all__ = [
+    "least_seconds",
+    "matmul_kernel",
+    "matmul_precision",
+    "num_threads",
+    "product_error",
+    "product_rate",
+    "seed_draws",
+]
 
 _LARGEST_ERROR = 1e-5
 
@@ -39,6 +48,20 @@ def num_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def matmul_precision() -> str | None:
+    """How float32 products are computed, by torch's old switch; None where its newer ones say what that cannot."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _newer() -> tuple[Any, Any]:
+    """The switches of matrix products that the old one sets: oneDNN's and CUDA's."""
+    backends: Any = torch.backends
+    return backends.mkldnn.matmul, backends.cuda.matmul
+
+
 @contextmanager
 def matmul_kernel(*, fast: bool) -> Iterator[None]:
     """Let float32 matrix products take oneDNN's kernel when `fast`; it must still compute in float32.
@@ -51,7 +74,8 @@ def matmul_kernel(*, fast: bool) -> Iterator[None]:
     if not fast:
         yield
         return
-    before = torch.get_float32_matmul_precision()
+    before = matmul_precision()
+    newer = [(switch, switch.fp32_precision) for switch in _newer()]
     torch.set_float32_matmul_precision("medium")
     try:
         error = product_error()
@@ -64,7 +88,10 @@ def matmul_kernel(*, fast: bool) -> Iterator[None]:
             )
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before or "highest")
+        if before is None:
+            for switch, precision in newer:
+                switch.fp32_precision = precision
 
 
 def product_error() -> float:
@@ -80,7 +107,8 @@ def product_rate(dtype: torch.dtype) -> float:
 
     Of CPU time, of which a busy machine takes nothing. Measured once for each way of computing, a tenth of a second.
     """
-    return _product_rate(dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+    precision = matmul_precision() or _newer()[0].fp32_precision
+    return _product_rate(dtype, torch.get_num_threads(), precision)
 
 
 @cache

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from prismoe.errors import UsageError
+from prismoe.train.device import matmul_precision
 from prismoe.train.liger import has_liger, liger_experts
 
 __all__ = ["experts_functions", "experts_in_use", "experts_of", "rule", "sorted_experts", "use_experts"]
@@ -190,7 +191,7 @@ def _compiled_by_size(x: torch.Tensor) -> bool:
 
     It compiles them anew for every number of rows that it has not seen, which takes half a millisecond.
     """
-    fast = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    fast = x.dtype == torch.float32 and matmul_precision() == "medium"
     return x.device.type == "cpu" and (fast or x.dtype == torch.bfloat16)
 
 
