@@ -17,6 +17,7 @@ from prismoe.errors import InputError, UsageError
 from prismoe.plan import LayerPlan, Plan, RouterDraw, plan_shape
 from prismoe.recipe import Copy, Draws, Fill, IntArray, Mean, Recipe, Stack, Take
 from prismoe.target import PAD_TO, Constant, Slot, Target, absorbed, check_rows
+from prismoe.targets import holder
 
 __all__ = ["lower"]
 
@@ -33,7 +34,8 @@ def lower(
     Of a plan with branches `checkpoint` is what `Plan.sources` gives.
 
     Raises:
-        UsageError: the target cannot express the plan on this checkpoint exactly; names every field in the way.
+        UsageError: the target cannot express the plan on this checkpoint exactly; names every field in the way, and
+            a target that can.
         InputError: tensors missing, unexpected or of a wrong shape; or the plan was made for another model.
     """
     dense, where = checkpoint.family, str(checkpoint.folder)
@@ -48,7 +50,12 @@ def lower(
         )
     shape = absorbed(plan_shape(plan)) if absorb else plan_shape(plan)
     if objections := target.objections(dense, shape):
-        raise UsageError("; ".join(map(str, objections)), where=f"{where}: target {target.name}")
+        other = holder(dense, shape)
+        raise UsageError(
+            "; ".join(map(str, objections)),
+            where=f"{where}: target {target.name}",
+            hint=f"{other} holds it" if other else "no target holds it",
+        )
     if absorb and any(layer and (layer.noise or layer.redraw or layer.donors) for layer in plan.layers):
         raise UsageError(
             "absorb with experts that were changed", where=where, needed="experts of the base's unchanged neurons"

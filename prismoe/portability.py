@@ -13,7 +13,7 @@ from prismoe.checkpoint.family import DenseConfig
 from prismoe.errors import UsageError
 from prismoe.plan import PlanShape
 from prismoe.registry import suggestion
-from prismoe.targets import all_targets
+from prismoe.targets import PREFERRED, all_targets
 
 __all__ = ["ENGINES", "Portability", "choose_target", "portability", "width_warnings"]
 
@@ -270,11 +270,6 @@ TRAPS: tuple[_Trap, ...] = (
 """Where a target does not run, or not right, that otherwise does."""
 
 SEVERITY = ("refused", "wrong", "unknown")
-PREFERRED = (
-    *("mixtral", "qwen3_moe", "granitemoeshared", "granitemoe", "granitemoehybrid", "granitemoe_swa", "qwen2_moe"),
-    *("flex_olmo", "ernie4_5_moe", "cohere2_moe", "hunyuan_v1_moe", "glm4_moe"),
-)
-"""The order in which targets are tried: what runs in most places first, another kind of gate last."""
 
 
 def portability(

@@ -54,6 +54,25 @@ def _plan(screen: Screen, receipt: Receipt) -> None:
     if branches := branch_rows(receipt):
         screen.pairs(branches)
     counts = receipt["account"]
+    held = counts["target"] not in counts["objections"]
+    if held:
+        _sizes(screen, receipt)
+    screen.title("targets")
+    rows: list[list[str | Text]] = [[_mark(True), name, ""] for name in counts["accepted_by"]]
+    for name, objections in counts["objections"].items():
+        for index, row in enumerate(objections):
+            reason = f"{row['field']} is {row['found']}, needs {row['needed']}"
+            rows.append([_mark(False), name, reason] if index == 0 else ["", "", reason])
+    screen.table(["", "", ""], rows, justify="lll")
+    if held:
+        _engines(screen, counts["target"], receipt.get("portability", ()))
+        for note in counts["notes"]:
+            screen.line(f"note: {note}", style="dim")
+
+
+def _sizes(screen: Screen, receipt: Receipt) -> None:
+    """The dense model beside what its target makes of it."""
+    counts = receipt["account"]
     total, dense = counts["total_parameters"], counts["dense_parameters"]
     active = f"{count_text(counts['active_parameters'])} ({100 * counts['active_parameters'] / total:.1f} %)"
     flops, before = counts["flops_per_token"], counts["dense_flops_per_token"]
@@ -71,16 +90,6 @@ def _plan(screen: Screen, receipt: Receipt) -> None:
             ["scale of the routed output", "", scales],
         ],
     )
-    screen.title("targets")
-    rows: list[list[str | Text]] = [[_mark(True), name, ""] for name in counts["accepted_by"]]
-    for name, objections in counts["objections"].items():
-        for index, row in enumerate(objections):
-            reason = f"{row['field']} is {row['found']}, needs {row['needed']}"
-            rows.append([_mark(False), name, reason] if index == 0 else ["", "", reason])
-    screen.table(["", "", ""], rows, justify="lll")
-    _engines(screen, counts["target"], receipt.get("portability", ()))
-    for note in counts["notes"]:
-        screen.line(f"note: {note}", style="dim")
 
 
 def _engines(screen: Screen, target: str, rows: Sequence[Receipt]) -> None:

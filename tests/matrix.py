@@ -13,8 +13,8 @@ from pathlib import Path
 from prismoe.checkpoint.families import REFUSED
 from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.plan import PlanShape
-from prismoe.portability import ENGINES, PREFERRED, portability
-from prismoe.targets import find_target
+from prismoe.portability import ENGINES, portability
+from prismoe.targets import PREFERRED, find_target
 from tests import golden
 
 PAGE = Path(__file__).parents[1] / "docs" / "targets.md"

@@ -142,6 +142,20 @@ def test_a_calibration_that_its_plan_could_not_use_is_not_begun(
     assert not (tmp_path / "run/calibration").exists()
 
 
+@pytest.mark.parametrize("plan", ["plan.router=regressed", "plan.scale=measured"])
+def test_a_run_without_the_calibration_of_its_plan_says_what_to_add(tmp_path: Path, plan: str) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UsageError) as caught:
+        run(config(plan, out=out))
+    assert str(caught.value).endswith("or one of this run (hint: add `calibrate: {}` to the config)")
+    with pytest.raises(UsageError, match=r"`calibrate: {}` and a `data:` section to the config"):
+        run(config(plan, "data=null", "pretrain=null", out=out))
+    with pytest.raises(UsageError, match="needed a folder that `prismoe calibrate` made"):
+        run(config(plan, out=out), stages=("plan",), dry_run=True)
+    assert not out.exists()
+    assert run(config(plan, "calibrate={}", out=out), dry_run=True).stages
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

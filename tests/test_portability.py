@@ -12,8 +12,8 @@ from prismoe.checkpoint.family import DenseConfig, dense_config
 from prismoe.cli import main
 from prismoe.errors import UsageError
 from prismoe.plan import PlanShape
-from prismoe.portability import ENGINES, PREFERRED, RUNS, TRAPS, choose_target, portability, width_warnings
-from prismoe.targets import all_targets
+from prismoe.portability import ENGINES, RUNS, TRAPS, choose_target, portability, width_warnings
+from prismoe.targets import PREFERRED, all_targets, holder
 from tests import golden, matrix
 from tests.runs import finished
 from tests.test_targets import LLAMA, SHAPE
@@ -182,3 +182,17 @@ def test_for_gguf_warns_of_widths_that_k_quants_do_not_have(capsys: pytest.Captu
 def test_the_page_of_targets_is_current() -> None:
     assert matrix.PAGE.read_text() == matrix.page(), "python -m tests.matrix"
     assert matrix.README.read_text() == matrix.readme(), "python -m tests.matrix"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "found"),
+    [
+        ({}, {}, "convert.target=mixtral"),
+        ({"qk_norm": True}, {}, "convert.target=qwen3_moe"),
+        ({"block": "post-norm", "qk_norm": True}, {}, "convert.target=flex_olmo"),
+        ({"block": "post-norm", "qk_norm": True}, {"shared_width": 8}, "convert.target=flex_olmo convert.absorb=true"),
+        ({"multipliers": {"of_its_own": 2.0}}, {}, ""),
+    ],
+)
+def test_the_holder_of_a_plan_is_named(changes: dict[str, Any], shape: dict[str, Any], found: str) -> None:
+    assert holder(replace(dense_config(LLAMA), **changes), replace(SHAPE, **shape)) == found

@@ -24,7 +24,7 @@ MODULES = {
 FLOORS = (
     *("errors", "typed", "progress", "recipe", "registry", "room", "lock", "strictjson", "panics", "folder"),
     *("checkpoint", "stats", "layerplan", "balance"),
-    *("methods", "routerinit", "plan", "target", "lowering", "targets", "account", "portability"),
+    *("methods", "routerinit", "plan", "target", "targets", "lowering", "account", "portability"),
     *("convert", "densify", "verify"),
     *("data", "train", "calibrate", "recover", "evaluate", "routing", "reference", "tune", "importing"),
     *("generate", "chat", "mtbench"),

@@ -228,7 +228,7 @@ def test_lower_refuses_with_every_field(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path}: target mixtral: qkv_bias is True, needs False: its attention has no bias; "
         "dense_layers is [0, 2], needs []: every layer has experts; "
-        "shared_width is 16, needs 0: it has no shared expert"
+        "shared_width is 16, needs 0: it has no shared expert (hint: convert.target=qwen2_moe holds it)"
     )
     with pytest.raises(UsageError, match=r"^target: unknown 'mixtrl'; needed one of .*did you mean mixtral"):
         find_target("mixtrl")

@@ -90,6 +90,8 @@ def run(
         if not STAGES[name].asked(config):
             found, needed = STAGES[name].nothing
             raise UsageError(found, needed=needed)
+    if stages is None and "plan" in names:
+        _check_statistics(config)
     if dry_run:
         names = [name for name in names if _checkable(config, name) or names in (["pretrain"], ["eval"])]
     elif names != ["plan"]:
@@ -136,6 +138,21 @@ def run(
                     write_json_atomic(work.folder(STATE), state)
             on_stage(done[-1])
     return Run(out=config.out or "", stages=tuple(done))
+
+
+def _check_statistics(config: Config) -> None:
+    """A run makes the calibration that its plan looks at; one without a calibrate section has to name another's."""
+    from prismoe.config.keys import wanted_statistics
+
+    if config.calibrate is not None or config.plan.calibration is not None or not wanted_statistics(config.plan):
+        return
+    text = "" if config.data is not None else " and a `data:` section"
+    raise UsageError(
+        "the plan needs statistics of the neurons",
+        where=config.place(""),
+        needed="plan.calibration, a folder that `prismoe calibrate` made, or one of this run",
+        hint=f"add `calibrate: {{}}`{text} to the config",
+    )
 
 
 def _finished(work: Work, name: str, key: str, state: Mapping[str, Any]) -> bool:

@@ -186,6 +186,7 @@ def _plan(work: Work) -> dict[str, Any]:
     from prismoe.plan.strength import strength_warnings
     from prismoe.portability import portability
     from prismoe.target import absorbed
+    from prismoe.targets import holder
 
     plan, convert = work.make_plan(), work.config.convert
     shape = plan_shape(plan)
@@ -194,12 +195,17 @@ def _plan(work: Work) -> dict[str, Any]:
         work.checkpoint.family, shape, target=target, pad_to=convert.pad_to, absorb=convert.absorb
     ).to_dict()
     stored = absorbed(shape) if convert.absorb else shape
-    engines = [row.to_dict() for row in portability(work.checkpoint.family, stored, target)]
+    warnings = [*alike_branches(plan), *strength_warnings(plan)]
+    if held := target not in counted["objections"]:
+        warnings += work.width_warnings(shape, target)
+    else:
+        other = holder(work.checkpoint.family, stored)
+        warnings.append(f"{target} cannot hold this model" + (f": take {other}" if other else ", and no target can"))
+    engines = [row.to_dict() for row in portability(work.checkpoint.family, stored, target)] if held else []
     if work.out is not None and not work.dry_run:
         plan.save(work.out / PLAN)
     origin = asdict(plan.origin)
     named = {**origin, **branch_facts(plan), "source_name": str(work.config.source), "shape": asdict(shape)}
-    warnings = [*alike_branches(plan), *strength_warnings(plan), *work.width_warnings(shape, target)]
     return {**named, "account": counted, "portability": engines, "warnings": warnings}
 
 
