@@ -86,12 +86,12 @@ data:
     a: {trian: x}
 evaluate: {}
 """
+    rows = ("auto", "centroid", "prompts", "random", "regressed", "from:FILE", "zero")
     assert refuse(tmp_path, text).splitlines() == [
         "run.yaml:3: unknown key plan.num_expert (hint: did you mean num_experts?)",
         'run.yaml:4: plan.top_k is "two"; needed an integer',
         'run.yaml:5: plan.layers[1] is "a"; needed an integer',
-        f"run.yaml:6: plan.router is 'centre'; needed one of {', '.join(names('prismoe.routerinit'))}"
-        " (hint: did you mean centroid?)",
+        f"run.yaml:6: plan.router is 'centre'; needed one of {', '.join(rows)} (hint: did you mean centroid?)",
         "run.yaml:8: unknown key pretrain.batch (hint: did you mean batch_size?)",
         "run.yaml:9: unknown key pretrain.num_experts (hint: did you mean plan.num_experts?)",
         "run.yaml:10: pretrain.betas[1] is 1.5; needed less than 1.0",

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from prismoe import registry
 from prismoe.config.bind import Binder
-from prismoe.config.keys import PLANNERS, keywords, known_keys, registered, wanted_statistics
+from prismoe.config.keys import PLANNERS, keywords, known_keys, registered, spelled, wanted_statistics
 from prismoe.config.located import Located, read_override, read_yaml
 from prismoe.config.settings import Config, ConvertConfig, DataConfig, PlanConfig
 from prismoe.data.filters import FilterSpec
@@ -112,7 +112,7 @@ def _choice(binder: Binder, at: Located, path: str, default: str, names: Sequenc
     if chosen is not None and isinstance(name, str):
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
-        binder.problem(chosen.where, f"{path} is {name!r}", f"one of {', '.join(names)}", hint)
+        binder.problem(chosen.where, f"{path} is {name!r}", f"one of {', '.join(spelled(path, names))}", hint)
     return None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from prismoe import registry
 from prismoe.config.settings import Config, DomainConfig, PlanConfig
 
-__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "type_text", "wanted_statistics"]
+__all__ = ["PLANNERS", "key_lines", "keywords", "known_keys", "registered", "spelled", "type_text", "wanted_statistics"]
 
-FILTERS = "prismoe.data.filters"
+FILTERS, POLICIES = "prismoe.data.filters", "prismoe.train.routers"
 PLANNERS = (("prismoe.routerinit", "rows"), ("prismoe.methods", "split"))
 
 
@@ -79,46 +79,64 @@ def known_keys() -> dict[str, tuple[Any, Any]]:
                 found[prefix + item.name] = (hints[item.name], item.default)
 
     walk(Config, "")
-    for package, function in PLANNERS:
-        for name in registry.names(package):
-            arguments = keywords(registered(package, name, function))
-            found |= {f"plan.{key}": kind for key, kind in arguments.items()}
-    for name in registry.names(FILTERS):
-        arguments = keywords(registered(FILTERS, name, "open_scorer"))
-        found |= {f"data.filters.{key}": kind for key, kind in arguments.items()}
-    return found
+    return found | {key: kind for _, key, kind in _arguments()}
+
+
+def _arguments() -> Iterator[tuple[str, str, tuple[Any, Any]]]:
+    """(owner, dotted key, (type, default)) of each argument of methods, router initialisations, filters, policies."""
+    sections = [("plan", package, function) for package, function in PLANNERS]
+    sections += [("data.filters", FILTERS, "open_scorer")]
+    sections += [(section, POLICIES, "attach") for section in ("pretrain", "tune")]
+    for section, package, function in sections:
+        for name in [name for name in registry.names(package) if name not in _SPELLED]:
+            for key, kind in keywords(registered(package, name, function)).items():
+                yield name, f"{section}.{key}", kind
 
 
 def key_lines(sections: Sequence[str]) -> list[str]:
-    """One line for each key of `sections` and of the top level: name, default, type, and who takes it."""
+    """One line for each key of `sections` and of the top level: name, default, type, and who takes it.
+
+    A key has several lines where its takers differ in type or default.
+    """
+    takers: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for owner, name, kind in _arguments():
+        takers.setdefault(name, {}).setdefault(_texts(name, kind), []).append(owner)
     lines = []
-    for name, (hint, default) in known_keys().items():
+    for name, kind in known_keys().items():
         if "." not in name or name.split(".")[0] in sections:
-            value = "(must be set)" if default in (MISSING, inspect.Parameter.empty) else json.dumps(default)
-            takers = [owner for owner, keys in _takers() if name in keys]
-            kind = " or ".join(registry.names(_REGISTRIES[name])) if name in _REGISTRIES else type_text(hint)
-            lines.append(f"  {name:<28} {value:<14} {kind}" + (f" ({', '.join(takers)})" if takers else ""))
+            for (value, text), owners in takers.get(name, {_texts(name, kind): []}).items():
+                lines.append(f"  {name:<28} {value:<14} {text}" + (f" ({', '.join(owners)})" if owners else ""))
     return lines
 
 
+def _texts(name: str, kind: tuple[Any, Any]) -> tuple[str, str]:
+    """Default and type of a key, in words."""
+    hint, default = kind
+    value = "(must be set)" if default in (MISSING, inspect.Parameter.empty) else json.dumps(default)
+    if name not in _REGISTRIES:
+        return value, type_text(hint)
+    words = " or ".join(spelled(name, registry.names(_REGISTRIES[name])))
+    if any(get_origin(part) is tuple for part in get_args(hint)):
+        words += f"; a list of them: the arguments of each under its name, {name.split('.')[0]}.NAME.key"
+    return value, words
+
+
+_SPELLED = {"stored": "from:FILE"}  # with its argument
 _REGISTRIES = {
     "data.filters.name": FILTERS,
     "plan.method": "prismoe.methods",
     "plan.router": "prismoe.routerinit",
     "convert.target": "prismoe.targets",
-    "pretrain.router": "prismoe.train.routers",
-    "tune.router": "prismoe.train.routers",
+    "pretrain.mixing": "prismoe.data.rules",
+    "pretrain.router": POLICIES,
+    "tune.router": POLICIES,
 }
 
 
-def _takers() -> list[tuple[str, set[str]]]:
-    """Every method, router initialisation and filter with the dotted keys that are its arguments."""
-    filters = [(name, keywords(registered(FILTERS, name, "open_scorer"))) for name in registry.names(FILTERS)]
-    return [(name, {f"data.filters.{key}" for key in own}) for name, own in filters] + [
-        (name, {f"plan.{key}" for key in keywords(registered(package, name, function))})
-        for package, function in PLANNERS
-        for name in registry.names(package)
-    ]
+def spelled(key: str, names: Sequence[str]) -> list[str]:
+    """The `names` of a registry folder as a config has them."""
+    more = ["auto"] if key == "plan.router" else []
+    return more + [_SPELLED.get(name, name) for name in names]
 
 
 def type_text(hint: Any) -> str:

@@ -102,7 +102,7 @@ def generate(job: Job) -> dict[str, Any]:
 
     (texts,), overrides = _texts(job.overrides, "prompt")
     options = read_options(GenerateOptions, overrides)
-    if bool(texts) == bool(job.others) or len(job.others) > 1:
+    if bool(texts) == bool(job.others):
         raise UsageError(f"{len(job.others)} files, {len(texts)} prompts", where=job.verb, needed="FILE or prompt=TEXT")
     if job.others and job.flags.out is None:
         raise UsageError("out is not set", where=job.verb, needed="--out FILE.jsonl")

@@ -22,8 +22,6 @@ def similarity(job: Job) -> dict[str, Any]:
 
     if job.subject is None:
         raise UsageError("nothing to compare", where=job.verb, needed="a mixture or a run folder")
-    if job.overrides:
-        raise UsageError(job.overrides[0], where=job.verb, needed="models and --out alone: it has no options")
     out, offline = job.flags.out, job.flags.offline
     others: dict[str, str | Path | Checkpoint | None] = {"dense": None, "before": None}
     model: str | Path = job.subject
