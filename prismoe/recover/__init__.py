@@ -32,7 +32,9 @@ __all__ = ["RecoverConfig", "Recovered", "RecoveredLayer", "recover"]
 @dataclass(frozen=True)
 class RecoveredLayer:
     """One layer. Errors are relative Frobenius errors of its mixture's output over text that nothing was learned from,
-    against the dense FFN's output; with `inputs` "mixture" against the output that leads back to the dense stream.
+    against the dense FFN's output; with `inputs` "mixture" against the output that leads back to the dense stream (but
+    where it is normed before it is added). Then, where K has changed, layers below still had the K that was learned
+    with: `after` of all but the first is not exactly that of the written folder.
 
     Attributes:
         before, after: of the folder as it was, and as it is now, each with its own K.

@@ -23,7 +23,7 @@ class RecoverConfig:
     `train` says what of a layer's mixture learns: its router alone, or its experts too, the shared one among them.
     `inputs` says what a layer's mixture gets to see: what the "dense" model's layers give, each layer by itself
     (LaDiMo), or what the "mixture" gives whose layers below have been recovered; then it learns the output that leads
-    back to the dense model's stream.
+    back to the dense model's stream (of a dense model that norms that output before it is added, what its FFN gives).
     Text: about `tokens` tokens of the train splits, in windows of `seq_len` (0: the model's positions, at most 2048);
     an eighth of them, at most 8192, is kept back to measure on. Each layer makes `epochs` passes over the rest in
     batches of `batch_tokens`, by AdamW with a peak of `lr` (None: 0.6 over the hidden size), warm-up over a twentieth
