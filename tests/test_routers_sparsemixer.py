@@ -163,3 +163,8 @@ def test_a_skipped_step_is_not_counted_and_a_selection_bias_is_refused():
     model.model.layers[0].mlp.gate.e_score_correction_bias[1] = 0.1
     with watch(model) as routers, pytest.raises(UsageError, match=r"layers\.0\.mlp\.gate: its selection bias is not"):
         attach_policy("sparsemixer2", routers, arguments={"jitter": 0.01})
+
+
+def test_without_a_choice_there_would_be_no_gradient():
+    with pytest.raises(UsageError, match=r"pretrain\.router sparsemixer2: jitter is 0, .*greater than 0"):
+        arguments_of("sparsemixer2", {"jitter": 0})

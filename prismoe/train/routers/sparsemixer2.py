@@ -151,7 +151,8 @@ def attach(
     routers: Sequence[Router],
     all_reduce: AllReduce,
     *,
-    jitter: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
+    jitter: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01,
 ) -> SparseMixer2:
-    """Draw the experts of each token among those whose logit is within 2 · `jitter` of the greatest."""
+    """Draw the experts of each token among those whose logit is within 2 · `jitter` of the greatest (0: no choice, and
+    no gradient for a router)."""
     return SparseMixer2(routers, all_reduce, jitter=jitter)
