@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from prismoe.calibrate import CalibrateConfig, calibrate
+from prismoe.calibrate.states import States
 from prismoe.data.shards import Domain
 from prismoe.errors import InputError, NumericalError, ResourceError, UsageError
 from prismoe.folder import unchecked
@@ -130,8 +132,10 @@ def test_scratch_that_was_taken_away_is_an_error(world: World, tmp_path: Path) -
     with pytest.raises(Stopped):
         world.run(tmp_path / "out", save_seconds=0.0, on_progress=stop)
     (tmp_path / "out" / "scratch" / "importance-00001.bin").unlink()
-    with pytest.raises(InputError, match=r"importance-00001\.bin: scratch file is gone or cut"):
+    with pytest.raises(InputError, match=r"importance-00001\.bin: scratch file is gone or cut; needed \d+ bytes, as"):
         world.run(tmp_path / "out")
+    with pytest.raises(InputError, match=r"hidden: scratch file is gone or cut; needed 96 bytes, as .*--force"):
+        States(tmp_path / "hidden", shape=(2, 3, 4), dtype=torch.float32, made=True)
     assert world.run(tmp_path / "out", force=True).state == "written"
 
 

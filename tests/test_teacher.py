@@ -276,7 +276,9 @@ def test_what_cannot_teach_is_refused_before_the_first_step(ground, tmp_path):
 def test_settings_that_say_nothing_are_refused():
     with pytest.raises(UsageError, match=r"pretrain.teacher_top: 8 without a teacher"):
         PretrainConfig(teacher_top=8)
-    with pytest.raises(UsageError, match=r"pretrain.text_weight: 0, and teacher_weight 0 too"):
+    with pytest.raises(
+        UsageError, match=r"text_weight: 0, and teacher_weight 0 too: .*; needed one of them above 0 \(hint"
+    ):
         PretrainConfig(teacher="source", text_weight=0.0, teacher_weight=0.0)
     with pytest.raises(UsageError, match=r"pretrain.teacher_temperature: 0"):
         PretrainConfig(teacher="source", teacher_temperature=0.0)

@@ -38,9 +38,10 @@ class States:
     def __init__(self, path: Path, *, shape: tuple[int, int, int], dtype: torch.dtype, made: bool) -> None:
         self.path, self.dtype = path, dtype
         stored = np.dtype(ml_dtypes.bfloat16) if dtype is torch.bfloat16 else np.dtype(np.float32)
-        whole = path.is_file() and path.stat().st_size == int(np.prod(shape)) * stored.itemsize
-        if made and not whole:
-            raise InputError("scratch file is gone or cut", where=str(path), hint="start again with --force")
+        size = int(np.prod(shape)) * stored.itemsize
+        if made and not (path.is_file() and path.stat().st_size == size):
+            needed, hint = f"{size} bytes, as the stopped call left it", "start again with --force"
+            raise InputError("scratch file is gone or cut", where=str(path), needed=needed, hint=hint)
         self._values = np.memmap(path, stored, mode="r+" if made else "w+", shape=shape)
 
     def write(self, first: int, values_BTD: torch.Tensor) -> None:

@@ -194,7 +194,8 @@ class Watch:
 
 def _in_place(path: Path, shape: tuple[int, int], dtype: np.dtype[Any], *, made: bool) -> np.memmap[Any, Any]:
     """A file from the start: memory does not grow with the text, and a stop loses nothing."""
-    whole = path.is_file() and path.stat().st_size == shape[0] * shape[1] * dtype.itemsize
-    if made and not whole:
-        raise InputError("scratch file is gone or cut", where=str(path), hint="calibrate again with --force")
+    size = shape[0] * shape[1] * dtype.itemsize
+    if made and not (path.is_file() and path.stat().st_size == size):
+        needed, hint = f"{size} bytes, as the stopped call left it", "start again with --force"
+        raise InputError("scratch file is gone or cut", where=str(path), needed=needed, hint=hint)
     return np.memmap(path, dtype, mode="r+" if made else "w+", shape=shape)

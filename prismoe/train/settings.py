@@ -155,4 +155,9 @@ class PretrainConfig:
             where, needed = f"pretrain.{changed[0]}", "pretrain.teacher: source or a folder"
             raise UsageError(f"{getattr(self, changed[0])} without a teacher", where=where, needed=needed)
         if not self.text_weight and not self.teacher_weight:
-            raise UsageError("0, and teacher_weight 0 too: nothing to learn", where="pretrain.text_weight")
+            raise UsageError(
+                "0, and teacher_weight 0 too: nothing to learn",
+                where="pretrain.text_weight",
+                needed="one of them above 0",
+                hint="text_weight=1 learns from the text, teacher_weight=1 from the teacher",
+            )
