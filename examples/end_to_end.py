@@ -1,7 +1,7 @@
 """From a dense checkpoint to a trained and measured mixture, read top to bottom.
 
 python examples/end_to_end.py                       # the embedded parent and the standard library's text
-python examples/end_to_end.py MODEL_FOLDER OUT      # your own LLaMA, Mistral or Phi-3 checkpoint (others: change `target`)
+python examples/end_to_end.py MODEL_FOLDER OUT      # your own LLaMA, Mistral or Phi-3 (others: another `target`)
 """
 
 import sys
