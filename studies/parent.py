@@ -3,7 +3,8 @@
     python -m studies.parent --corpora shared/corpora --out runs/study-parent     # three hours on one core, then
     cp runs/study-parent/shipped/* studies/parent/
 
-A stopped run goes on with the same command. The weights here were made with the versions in `parent/training.json`.
+`torchrun --nproc-per-node 2 -m studies.parent …` is for two cores. A stopped run goes on with the same command, on one
+or on two. The weights here were made with the versions in `parent/training.json`, which has the curve too.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import prismoe
 from examples.train_parent import CONFIG as SMALLER
 from examples.train_parent import ship, train_tokenizer
 from prismoe.data.reader import read_documents
+from prismoe.train.metrics import read_metrics
 
 DOMAINS = ("commoncrawl", "c4", "github", "wikipedia", "books", "arxiv", "stackexchange")
+VOCAB_SIZE = 4608
 CONFIG = SMALLER | {
-    "vocab_size": 4608,
+    "vocab_size": VOCAB_SIZE,
     "hidden_size": 192,
     "intermediate_size": 768,  # the FFNs are 64.3 % of 4.1 million parameters (LLaMA-2-7B: 64.2 %)
     "num_hidden_layers": 6,
@@ -58,7 +61,7 @@ def main() -> None:
     start.mkdir(parents=True, exist_ok=True)
     if not (start / "tokenizer.json").exists():
         texts = [beginning(sorted((args.corpora / name).glob("train-*"))) for name in DOMAINS]
-        train_tokenizer(texts, start, CONFIG["vocab_size"])
+        train_tokenizer(texts, start, VOCAB_SIZE)
     (start / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     sources = {
         name: prismoe.DomainSource(
@@ -74,8 +77,18 @@ def main() -> None:
         out=out / "train",
         on_progress=lambda what, done, total: print(f"{what} {done}/{total}", flush=True) if done % 20 == 0 else None,
     )
-    assert trained is not None
-    ship(out, trained, CONFIG)
+    if trained is not None:  # the first process of several
+        ship(out, trained, CONFIG)
+        note_curve(out)
+
+
+def note_curve(out: Path) -> None:
+    """Held-out losses of every evaluation into training.json."""
+    evals = [line for line in read_metrics(out / "train" / "metrics.jsonl") if line["event"] == "eval"]
+    curve = {"step": [line["step"] for line in evals]}
+    curve |= {name: [round(line["heldout"][name]["loss"], 4) for line in evals] for name in DOMAINS}
+    path = out / "shipped" / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"heldout_curve": curve}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
