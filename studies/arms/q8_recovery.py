@@ -12,6 +12,8 @@ TAUGHT = {"pretrain.teacher": "parent"}
 ALL_ON = {"pretrain.router": "dense_mi", "pretrain.arguments": {"anneal": (0.0, 0.2)}}  # in the first fifth of the run
 WAYS: dict[str, Changes] = {
     "plain": {},
+    "plain, half the rate": {"pretrain.lr": 5e-4},
+    "plain, twice the rate": {"pretrain.lr": 2e-3},
     "fitted start": FITTED,
     "recover": RECOVERED,
     "recover, routers only": {"recover": {"tokens": 65_536, "train": "router"}},
