@@ -1,5 +1,6 @@
 """Ways back to the parent's loss from few tokens."""
 
+from studies.arms.q1_construction import HALF
 from studies.design import Changes, Panel, Question, Setting
 
 FITTED: Changes = {
@@ -9,6 +10,8 @@ FITTED: Changes = {
 }  # before any training
 RECOVERED: Changes = {"recover": {"tokens": 65_536}}
 TAUGHT = {"pretrain.teacher": "parent"}
+SLOW: Changes = {"pretrain.lr": 3e-4}
+ROUTER_FIRST: Changes = {"plan.method": "router_first", "plan.router": "auto", "count_calibration": True}
 ALL_ON = {"pretrain.router": "dense_mi", "pretrain.arguments": {"anneal": (0.0, 0.2)}}  # in the first fifth of the run
 WAYS: dict[str, Changes] = {
     "plain": {},
@@ -25,6 +28,12 @@ WAYS: dict[str, Changes] = {
     "recover, distillation": {**RECOVERED, **TAUGHT},
     "fitted start, recover, distillation": {**FITTED, **RECOVERED, **TAUGHT},
     "dense_mi, distillation": {**ALL_ON, **TAUGHT},
+    # What begins near the parent is driven away from it by the rate that serves the others (question 7 says so too).
+    "recover, distillation, 0.3 of the rate": {**RECOVERED, **TAUGHT, **SLOW},
+    "recover, distillation, 0.15 of the rate": {**RECOVERED, **TAUGHT, "pretrain.lr": 1.5e-4},
+    "recover on twice the text, distillation, 0.3 of the rate": {"recover": {"tokens": 131_072}, **TAUGHT, **SLOW},
+    "router first, recover, distillation, 0.3 of the rate": {**ROUTER_FIRST, **RECOVERED, **TAUGHT, **SLOW},
+    "pruned parent, distillation": {**HALF["static control"], **TAUGHT},
 }
 BEST = "fitted start, recover, distillation"
 LONG = f"{BEST}: long"
@@ -45,6 +54,12 @@ QUESTION = Question(
                                          "dense_mi", "sparsemixer2")),
         Panel("together", "closed", ("plain", "distillation alone", "fitted start, distillation",
                                      "recover, distillation", "dense_mi, distillation", BEST)),
+        Panel("and at a lower rate", "closed", ("plain", "recover, distillation",
+                                                "recover, distillation, 0.3 of the rate",
+                                                "recover, distillation, 0.15 of the rate",
+                                                "recover on twice the text, distillation, 0.3 of the rate",
+                                                "router first, recover, distillation, 0.3 of the rate",
+                                                "pruned parent, distillation")),
         Panel("the long run", "closed", (LONG,)),
     ),
 )  # fmt: skip
