@@ -53,7 +53,7 @@ def write(results: Path, docs: Path) -> Path:
     for question in questions():
         lines = found.lines(question.name)
         if any(line.runs for line in lines):
-            axes = [_axis(found, lines, panel) for panel in question.panels]
+            axes = [axis for panel in question.panels if (axis := _axis(found, lines, panel))]
             figures.append(Figure(question.name, question.title, axes))
             parts += _section(found, question, lines, kept)
         elif question.name in kept:
@@ -184,7 +184,8 @@ def _closing(found: Findings, lines: Sequence[Line], start: float) -> str:
     return _table(head, rows)
 
 
-def _axis(found: Findings, lines: Sequence[Line], panel: Panel) -> Axis:
+def _axis(found: Findings, lines: Sequence[Line], panel: Panel) -> Axis | None:
+    """None where no line of the panel has such a curve."""
     chosen = [line for line in lines if line.runs and (not panel.settings or line.name in panel.settings)]
     if panel.metric == "closed" and not lines[0].runs:
         chosen = []  # nothing to measure the gap from
@@ -195,11 +196,14 @@ def _axis(found: Findings, lines: Sequence[Line], panel: Panel) -> Axis:
         if len(rows):
             rows = (start - rows) / (start - found.parent_heldout) if panel.metric == "closed" else rows
             curves.append((line.name, np.array(tokens) / 1000, rows))
+    if not curves:
+        return None
     domain = panel.metric.partition(":")[2]
     parent = found.parent["heldout"][domain] if domain and panel.metric.startswith("heldout") else found.parent_heldout
     level = {"heldout": parent, "closed": 1.0}.get(panel.metric.partition(":")[0])
     shows = ", ".join(f"{name} {rows[:, -1].mean():.3f}" for name, _, rows in curves)
-    height = 3.4 + 0.2 * (len(curves) // 2)
+    rows = len(curves) if any(len(name) >= 30 for name, _, _ in curves) else len(curves) // 2  # of the legend
+    height = 3.4 + 0.2 * rows
     paint = partial(_draw, curves=curves, label=LABELS[panel.metric.partition(":")[0]], level=level)
     return Axis(paint, f"{panel.title}: at the end {shows}", panel.title, height=height)
 
@@ -214,8 +218,7 @@ def _draw(axes: Axes, *, curves: Sequence[tuple[str, Any, Any]], label: str, lev
     if level is not None:
         reference_line(axes, level)
     axes.set(xlabel="thousand tokens", ylabel=label)
-    if curves:
-        legend_above(axes)
+    legend_above(axes)
 
 
 def _conclusions(text: str) -> dict[str, str]:

@@ -136,7 +136,7 @@ def legend_rows(axes: Axes) -> int:
 
 def _columns(labels: Sequence[str]) -> int:
     longest = max(map(len, labels), default=0)
-    return 4 if longest < 8 else 3 if longest < 14 else 2
+    return 4 if longest < 8 else 3 if longest < 14 else 2 if longest < 30 else 1
 
 
 def heat_map(axes: Axes, grid: Any, *, top: float, label: str, low: float = 0.0) -> None:

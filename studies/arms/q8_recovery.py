@@ -35,7 +35,7 @@ WAYS: dict[str, Changes] = {
     "router first, recover, distillation, 0.3 of the rate": {**ROUTER_FIRST, **RECOVERED, **TAUGHT, **SLOW},
     "pruned parent, distillation": {**HALF["static control"], **TAUGHT},
 }
-BEST = "fitted start, recover, distillation"
+BEST = "recover on twice the text, distillation, 0.3 of the rate"
 LONG = f"{BEST}: long"
 
 QUESTION = Question(
@@ -53,7 +53,8 @@ QUESTION = Question(
         Panel("one way each", "closed", ("plain", "fitted start", "recover", "recover, routers only", "distillation",
                                          "dense_mi", "sparsemixer2")),
         Panel("together", "closed", ("plain", "distillation alone", "fitted start, distillation",
-                                     "recover, distillation", "dense_mi, distillation", BEST)),
+                                     "recover, distillation", "dense_mi, distillation",
+                                     "fitted start, recover, distillation")),
         Panel("and at a lower rate", "closed", ("plain", "recover, distillation",
                                                 "recover, distillation, 0.3 of the rate",
                                                 "recover, distillation, 0.15 of the rate",
