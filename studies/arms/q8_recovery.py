@@ -35,7 +35,7 @@ WAYS: dict[str, Changes] = {
     "router first, recover, distillation, 0.3 of the rate": {**ROUTER_FIRST, **RECOVERED, **TAUGHT, **SLOW},
     "pruned parent, distillation": {**HALF["static control"], **TAUGHT},
 }
-BEST = "recover on twice the text, distillation, 0.3 of the rate"
+BEST = "router first, recover, distillation, 0.3 of the rate"
 LONG = f"{BEST}: long"
 
 QUESTION = Question(
