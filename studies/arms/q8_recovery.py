@@ -34,6 +34,7 @@ WAYS: dict[str, Changes] = {
     "recover on twice the text, distillation, 0.3 of the rate": {"recover": {"tokens": 131_072}, **TAUGHT, **SLOW},
     "router first, recover, distillation, 0.3 of the rate": {**ROUTER_FIRST, **RECOVERED, **TAUGHT, **SLOW},
     "pruned parent, distillation": {**HALF["static control"], **TAUGHT},
+    "pruned parent, distillation, 0.3 of the rate": {**HALF["static control"], **TAUGHT, **SLOW},
 }
 BEST = "router first, recover, distillation, 0.3 of the rate"
 LONG = f"{BEST}: long"
