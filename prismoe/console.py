@@ -130,7 +130,7 @@ class Screen:
             return
         mark = {"made": ("✓", "green"), "kept": ("=", "dim"), "checked": ("·", "cyan")}[state]
         took = " (finished before)" if state == "kept" else f"  {seconds_text(seconds)}"
-        self._show(Text.assemble(mark, " ", (f"{name:<9}", "bold"), text, (took, "dim")))
+        self._show(Text.assemble(mark, " ", (f"{name:<8} ", "bold"), text, (took, "dim")))
 
     def _show(self, thing: Any) -> None:
         """Print to stdout; a log gets no trailing spaces and no folding."""

@@ -66,6 +66,8 @@ def test_plan_warns_before_and_verify_after(tmp_path: Path, capsys: pytest.Captu
     assert "with scale 2 and 4 experts kept, FFN outputs are about 0.35 times the dense model's" in _line(capsys)
     assert main([*arguments, "plan.scale=norm"]) == 0
     assert "FFN outputs" not in _line(capsys)
+    assert main([*arguments, "recover.tokens=1000"]) == 0  # it learns the size
+    assert "FFN outputs" not in _line(capsys)
     for name, scale in (("paper", "paper"), ("norm", "norm")):
         convert(source, make_plan(source, num_experts=8, top_k=4, scale=scale), out=tmp_path / name)
         found = verify(tmp_path / name, source=source)

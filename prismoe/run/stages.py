@@ -195,7 +195,8 @@ def _plan(work: Work) -> dict[str, Any]:
         work.checkpoint.family, shape, target=target, pad_to=convert.pad_to, absorb=convert.absorb
     ).to_dict()
     stored = absorbed(shape) if convert.absorb else shape
-    warnings = [*alike_branches(plan), *strength_warnings(plan)]
+    # What recovers learns the size of its output.
+    warnings = [*alike_branches(plan), *(() if work.config.recover else strength_warnings(plan))]
     if held := target not in counted["objections"]:
         warnings += work.width_warnings(shape, target)
     else:
