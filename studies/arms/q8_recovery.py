@@ -38,6 +38,8 @@ WAYS: dict[str, Changes] = {
 }
 BEST = "router first, recover, distillation, 0.3 of the rate"
 LONG = f"{BEST}: long"
+CONTROL = "pruned parent, distillation: long"
+LONG_RUN: Changes = {"tokens": "headline", "evals": 24}
 
 QUESTION = Question(
     name="recovery",
@@ -45,10 +47,13 @@ QUESTION = Question(
     paper="none of its figures: it spent 200 billion tokens",
     about="50 % of the FFN active. The gap is from the plain mixture before training to the parent, for all alike. "
     "All text that is read counts: what `recover` learns from (four times over), what rows and scale were measured on. "
-    "The fitted start trains folded. The last row is the long run: 5 % of what the parent was trained on.",
+    "The fitted start trains folded. The last two rows are the long runs: 5 % of what the parent was trained on.",
     settings=(
         *(Setting(name, {"evals": 16, **changes}) for name, changes in WAYS.items()),
-        Setting(LONG, {"tokens": "headline", "evals": 24, **WAYS[BEST]}, against=LONG),
+        Setting(LONG, {**LONG_RUN, **WAYS[BEST]}, against=LONG),
+        Setting(
+            CONTROL, {**LONG_RUN, **WAYS["pruned parent, distillation"], "count_calibration": True}, against=LONG
+        ),
     ),
     panels=(
         Panel("one way each", "closed", ("plain", "fitted start", "recover", "recover, routers only", "distillation",
@@ -62,6 +67,6 @@ QUESTION = Question(
                                                 "recover on twice the text, distillation, 0.3 of the rate",
                                                 "router first, recover, distillation, 0.3 of the rate",
                                                 "pruned parent, distillation")),
-        Panel("the long run", "closed", (LONG,)),
+        Panel("the long runs", "closed", (LONG, CONTROL)),
     ),
 )  # fmt: skip
