@@ -94,9 +94,9 @@ conclusions are written by people.
   under the same seed; p is of a paired test (random signs) over documents, averaged over seeds, after Holm's
   correction over the table: it speaks of other text. `seeds` says in how many the change has the sign of the mean. A
   row is called better or worse where p < 0.05 and all of three or more seeds agree, none of them diverged.
-- `gap closed` is the share of the way from the loss before training (of the row in `against` if there is one) to the
-  parent's loss, where that is more than {LEAST_GAP}. Curves, and tokens to close a gap, are of a part of that text: the
-  first {found.eval_tokens} tokens or so of each domain.
+- `gap closed` is the share of the way from the loss before training (of the row in `against` if there is one; under
+  Recovery of the first row) to the parent's loss, where that is more than {LEAST_GAP}. It, curves, and tokens to
+  close a gap are of a part of that text: the first {found.eval_tokens} tokens or so of each domain.
 - Figures of losses leave out that before training; the dashed line is the parent; bands are all seeds."""
 
 
@@ -109,8 +109,18 @@ def _section(found: Findings, question: Question, lines: Sequence[Line], kept: M
     routed = any("entropy" in run for line in lines for run in line.runs)
     head = ["setting", "runs", "before", "loss", "against", "change", "p", "seeds", "gap closed"]
     head += ["entropy", "idle", "busiest"] * routed + ["M tokens", "tokens/s", "s a run"]
+    # Where figures show the share of a gap, it is the same gap for all.
+    common = by_name.get(first) if any(panel.metric == "closed" for panel in question.panels) else None
     rows = [
-        _row(found, line, tests.get(line.name), against[line.name], routed=routed, first=first)
+        _row(
+            found,
+            line,
+            tests.get(line.name),
+            against[line.name],
+            start=statistics.fmean((common or against[line.name] or line).start),
+            routed=routed,
+            first=first,
+        )
         for line in by_name.values()
     ]
     parts = [f"## {question.title}", f"Answers to {question.paper}. {question.about}"]
@@ -123,8 +133,8 @@ def _section(found: Findings, question: Question, lines: Sequence[Line], kept: M
         for run in line.runs
         if run["diverged"]
     ]
-    if first in by_name and any(panel.metric == "closed" for panel in question.panels):
-        parts.append(_closing(found, list(by_name.values()), statistics.fmean(by_name[first].start)))
+    if common is not None:
+        parts.append(_closing(found, list(by_name.values()), statistics.fmean(common.start)))
     command = f"python -m studies.runner --corpora FOLDER --only {question.name}"
     seconds = sum(run["seconds"] for line in lines for run in line.runs)
     parts.append(f"`{command}`; {seconds / 60:.0f} minutes of runs, those shared with other questions included.")
@@ -137,6 +147,7 @@ def _row(
     test: tuple[list[float], float] | None,
     against: Line | None,
     *,
+    start: float,
     routed: bool,
     first: str,
 ) -> list[str]:
@@ -157,8 +168,7 @@ def _row(
         verdict = (" **better**" if mean < 0 else " **worse**") if whole and p < 0.05 and agree == len(gaps) else ""
         name = "" if against.name == first else against.name
         row += [name, spread(gaps, sign=True), f"{p:.2g}", f"{agree}/{len(gaps)}{verdict}"]
-    start, ends = statistics.fmean((against or line).start), [values[-1] for values in line.curve("heldout")[1]]
-    gap = start - found.parent_heldout
+    gap, ends = start - found.parent_heldout, [values[-1] for values in line.curve("heldout")[1]]
     closed = [100 * (start - end) / gap for end in ends] if gap > LEAST_GAP else []
     row.append(f"{spread(closed, 1)} %" if closed else "")
     for metric in ("entropy", "idle", "busiest") if routed else ():
