@@ -22,7 +22,7 @@ from prismoe.report import write_report
 from prismoe.report.drawing import draw
 from prismoe.report.page import Figure, Findings, Panel, Section, Table
 from prismoe.report.pictures import write_pictures
-from prismoe.report.sections import balance, certificate, pruned, routing_drift
+from prismoe.report.sections import balance, certificate, pruned, routing_drift, training
 from prismoe.report.style import COLOURS, HEAT, LEVELS, MARKERS, thinned
 from tests.report import random_trace
 from tests.runs import copy_of, finished
@@ -178,6 +178,23 @@ def test_figures_draw_what_they_are_given(tmp_path: Path) -> None:
     norms = drawn(figure_of(certificate.section(Findings(tmp_path, {"verify": receipt}, {})), "norm_ratios"))
     assert norms.startswith("<svg")
     assert "width=" not in norms.partition(">")[0]
+
+
+def test_the_distance_to_a_teacher_is_drawn_where_there_is_one(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure as Canvas
+
+    heldout = {"event": "eval", "step": 0, "heldout": {"own": {"loss": 4.0, "standard_error": None}}}
+    fixed = {"event": "step", "loss": 4.0, "lr": 1e-3, "gradient_norm": 1.0, "router_gradient_norm": 0.1}
+    steps = [{**fixed, "step": step, "teacher_loss": 1 / step} for step in (1, 2, 4)]
+    figure = figure_of(training.section(found_in(tmp_path, heldout, *steps)), "teacher_loss")
+    assert figure.panels[0].shows == "Distance to the teacher: 1 at first, 0.25 at last"
+    axes = Canvas().subplots()
+    figure.panels[0].draw(axes)
+    assert axes.lines[0].get_xydata().tolist() == [[1, 1], [2, 0.5], [4, 0.25]]
+    (tmp_path / "alone").mkdir()
+    alone = training.section(found_in(tmp_path / "alone", heldout, {**fixed, "step": 1}))
+    assert alone is not None
+    assert not [block for block in alone.blocks if isinstance(block, Figure) and block.name == "teacher_loss"]
 
 
 def test_a_long_log_is_thinned_to_what_it_says() -> None:

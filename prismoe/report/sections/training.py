@@ -39,6 +39,13 @@ def section(found: Findings) -> Section | None:
     blocks.append(
         Figure("training_loss", "Training loss (language modelling only)", [Panel(partial(_loss, steps=steps), loss)])
     )
+    if taught := [row for row in steps if "teacher_loss" in row]:
+        first, last = (row["teacher_loss"] for row in (taught[0], taught[-1]))
+        shows = f"Distance to the teacher: {first:.3g} at first, {last:.3g} at last"
+        panel = Panel(partial(_loss, steps=taught, key="teacher_loss", unit="KL (nats per token)"), shows)
+        blocks.append(
+            Figure("teacher_loss", "Distance to the teacher (KL over the next word, at its temperature)", [panel])
+        )
     if len(names := list(evals[0]["heldout"])) > 1:
         panel = Panel(partial(_by_domain, steps=steps, names=names), f"Training loss by domain {span}", height=3.4)
         blocks.append(Figure("training_loss_by_domain", "Training loss by domain, mean of neighbouring steps", [panel]))
@@ -61,10 +68,10 @@ def section(found: Findings) -> Section | None:
     return Section("training", "Training", blocks)
 
 
-def _loss(axes: Axes, *, steps: Lines) -> None:
+def _loss(axes: Axes, *, steps: Lines, key: str = "loss", unit: str = "loss (nats per token)") -> None:
     import numpy as np
 
-    numbers, losses = ([row[key] for row in steps] for key in ("step", "loss"))
+    numbers, losses = ([row[name] for row in steps] for name in ("step", key))
     x, mean, low, high = thinned(numbers, losses)
     if len(x) == len(losses):
         axes.plot(x, mean, color=COLOURS[5], linewidth=0.8, label="a step")
@@ -76,7 +83,7 @@ def _loss(axes: Axes, *, steps: Lines) -> None:
     axes.plot(
         x[window - 1 :], smooth, color=COLOURS[0], linewidth=1.8, label=f"mean of {width} step{'s' * (width > 1)}"
     )
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel=unit)
     axes.legend()
 
 
