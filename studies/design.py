@@ -148,7 +148,7 @@ class Job:
 def jobs_of(questions: Iterable[Question], size: Size, *, source: str) -> list[Job]:
     """Every run once, those of one seed together. `source` says which parent and text.
 
-    The longest first, so that workers end together; but the headline, whose recipe is chosen from the others, last.
+    The longest first, so that workers end together; but the headlines, whose recipes are chosen from the others, last.
     """
     found: dict[str, Job] = {}
     for question in questions:
@@ -158,7 +158,7 @@ def jobs_of(questions: Iterable[Question], size: Size, *, source: str) -> list[J
                 names = found[job.key].names if job.key in found else ()
                 found[job.key] = Job(job.key, seed, job.spec, job.cost, (*names, *job.names))
     long = max((job.spec["pretrain"]["steps"] for job in found.values()), default=0)
-    return sorted(found.values(), key=lambda job: (job.spec["pretrain"]["steps"] == long, job.seed, -job.cost))
+    return sorted(found.values(), key=lambda job: (job.spec["pretrain"]["steps"] > long / 2, job.seed, -job.cost))
 
 
 def _job(setting: Setting, size: Size, seed: int, source: str, name: str) -> Job:

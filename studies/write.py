@@ -182,8 +182,12 @@ def _row(
 def _closing(found: Findings, lines: Sequence[Line], start: float) -> str:
     """Tokens to close shares of the gap from the first setting's start to the parent."""
     head = ["tokens to close", *(f"{100 * share:.0f} % of the gap" for share in SHARES)]
-    rows = []
+    rows: list[list[str]] = []
+    seen: set[str] = set()
     for line in lines:
+        if line.runs[0]["key"] in seen:  # compared with two others
+            continue
+        seen.add(line.runs[0]["key"])
         row = [line.name]
         for share in SHARES:
             tokens = found.tokens_to(line, share, start=start)

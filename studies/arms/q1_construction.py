@@ -37,6 +37,8 @@ QUESTION = Question(
         *(Setting(f"{name} 50 %", changes) for name, changes in HALF.items()),
         *(Setting(f"{name} 25 %", changes, against="random 25 %") for name, changes in QUARTER.items()),
         *(Setting(f"{name} 50 %", changes) for name, changes in ROUTED.items()),
+        Setting("router first 50 %, against the control", HALF["router first"], against="static control 50 %"),
+        Setting("router first 25 %, against the control", QUARTER["router first"], against="static control 25 %"),
     ),
     panels=(
         Panel("50 % of the FFN active", settings=tuple(f"{name} 50 %" for name in HALF)),

@@ -47,9 +47,14 @@ QUESTION = Question(
     paper="none of its figures: it spent 200 billion tokens",
     about="50 % of the FFN active. The gap is from the plain mixture before training to the parent, for all alike. "
     "All text that is read counts: what `recover` learns from (four times over), what rows and scale were measured on. "
-    "The fitted start trains folded. The last two rows are the long runs: 5 % of what the parent was trained on.",
+    "The 33 thousand tokens that say where the parent is pruned count in its long run only. The fitted start trains "
+    "folded. The last two rows are the long runs: 5 % of what the parent was trained on.",
     settings=(
         *(Setting(name, {"evals": 16, **changes}) for name, changes in WAYS.items()),
+        *(
+            Setting(f"{name}, against the control", {"evals": 16, **WAYS[name]}, against="pruned parent, distillation")
+            for name in ("recover, distillation", BEST)
+        ),
         Setting(LONG, {**LONG_RUN, **WAYS[BEST]}, against=LONG),
         Setting(
             CONTROL, {**LONG_RUN, **WAYS["pruned parent, distillation"], "count_calibration": True}, against=LONG
