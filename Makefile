@@ -18,7 +18,7 @@ help:
 	@echo "make test    set up and run the whole test suite"
 	@echo "make test-engines  run conversions in llama.cpp and MLX (builds llama.cpp: half an hour)"
 	@echo "make torture kill, damage and mislead it: one table of what held (FULL=1: the long form)"
-	@echo "make study   every run of studies/ that is not done, then docs/study.md (hours; SIZE=large DEVICE=cuda)"
+	@echo "make study   every run of studies/ that is not done (REPEAT=1: all, hours), then docs/study.md (SIZE=large DEVICE=cuda)"
 	@echo "make check   ruff, mypy --strict, import floors, file sizes, public surface"
 	@echo "make format  let ruff rewrite the code"
 	@echo "make clean   remove the environments and caches"
@@ -63,7 +63,7 @@ torture: $(BIN)/.installed-dev
 
 study: $(BIN)/.installed-dev
 	$(BIN)/python -m studies.runner --parent $(or $(PARENT),studies/parent) --corpora $(or $(CORPORA),shared/corpora) \
-		--size $(or $(SIZE),small) --device $(or $(DEVICE),cpu)
+		--size $(or $(SIZE),small) --device $(or $(DEVICE),cpu) $(if $(REPEAT),--repeat)
 
 check: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check --quiet .

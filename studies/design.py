@@ -116,7 +116,7 @@ SIZES = {
             eval_tokens=2048,
             calibration_tokens=32_768,
             workers=2,
-            tokens_per_second=3_400,
+            tokens_per_second=3_600,
         ),
         Size(
             name="large",

@@ -1,7 +1,8 @@
 """Every run of the study that is not done yet, several at a time; then results as small files, and docs/study.md.
 
 python -m studies.runner --dry-run                    # what it will take
-python -m studies.runner                              # hours; stopped, the same command goes on
+python -m studies.runner                              # those that studies/results lacks; stopped, it goes on
+python -m studies.runner --repeat                     # all of them, hours
 python -m studies.runner --size large --device cuda   # more tokens and seeds, on a GPU
 """
 
@@ -15,7 +16,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -94,10 +95,12 @@ def check_inputs(parent: Path, corpora: Path) -> str:
     return f"{prismoe.Checkpoint.open(parent).fingerprint} {json.dumps(sizes, separators=(',', ':'))}"
 
 
-def forecast(asked: Sequence[Question], size: Size, places: Places, *, source: str) -> list[str]:
-    """Lines of a table: runs, tokens and hours by question, and what is left of them."""
+def forecast(
+    asked: Sequence[Question], size: Size, places: Places, *, source: str, known: Container[str] = ()
+) -> list[str]:
+    """Lines of a table: runs, tokens and hours by question, and what is left of them without those `known`, by key."""
     jobs, lines, total = jobs_of(asked, size, source=source), [], 0.0
-    left = [job for job in jobs if not _done(job, places)]
+    left = [job for job in jobs if job.key not in known and not _done(job, places)]
     seen: set[str] = set()
     for question in asked:
         own = [j for j in jobs if j.key not in seen and any(n.startswith(f"{question.name}: ") for n in j.names)]
@@ -136,11 +139,15 @@ def collect(asked: Sequence[Question], size: Size, places: Places, *, source: st
 
 def restore(results: Path, places: Places) -> None:
     """Runs that `collect` wrote, and whose folders are not there (another clone), count as done: a key says it all."""
-    for path in results.glob("*.json"):
-        for result in json.loads(path.read_bytes()).get("runs", ()):
-            if not (folder := places.folder / "runs" / result["key"]).joinpath("result.json").exists():
-                make_folder(folder)
-                write_atomic(folder / "result.json", _compact(result))
+    for key, result in _written(results).items():
+        if not (folder := places.folder / "runs" / key).joinpath("result.json").exists():
+            make_folder(folder)
+            write_atomic(folder / "result.json", _compact(result))
+
+
+def _written(results: Path) -> dict[str, dict[str, Any]]:
+    files = [json.loads(path.read_bytes()) for path in sorted(results.glob("*.json"))]
+    return {result["key"]: result for file in files for result in file.get("runs", ())}
 
 
 def _compact(value: Any) -> bytes:
@@ -218,21 +225,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", type=Path, default=Path("studies/parent"))
     parser.add_argument("--corpora", type=Path, default=Path("shared/corpora"))
-    parser.add_argument("--out", type=Path, help="run folders (default: runs/study-SIZE)")
+    parser.add_argument(
+        "--out", type=Path, help="run folders (default: runs/study-SIZE, with --repeat runs/study-SIZE-repeated)"
+    )
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", help="questions, with commas: " + ", ".join(q.name for q in questions()))
+    parser.add_argument("--repeat", action="store_true", help="all runs again; results and page go beside them")
     parser.add_argument("--dry-run", action="store_true", help="say what it will take, write nothing")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    size, folder = SIZES[args.size], args.out or Path(f"runs/study-{args.size}")
+    size = SIZES[args.size]
+    folder = args.out or Path(f"runs/study-{size.name}" + "-repeated" * args.repeat)
     places = Places(args.parent, folder, args.device)
-    results, docs = (Path("studies/results"), Path("docs")) if size.name == "small" else (folder / "results", folder)
+    shipped = size.name == "small" and not args.repeat
+    results, docs = (Path("studies/results"), Path("docs")) if shipped else (folder / "results", folder)
     try:
         asked = _asked(args.only)
         source = check_inputs(args.parent, args.corpora)
         if args.dry_run:
-            print("\n".join(forecast(asked, size, places, source=source)))
+            print("\n".join(forecast(asked, size, places, source=source, known=_written(results))))
             return 0
         restore(results, places)
         try:
