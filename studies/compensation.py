@@ -1,9 +1,9 @@
 """Does it pay to add what unselected experts give on average? y = Σ_on E_i(x) + Σ_off mean(E_i | off).
 
 Before any training, with experts summed at full strength (no gates) and regressed rows; beside it the pruned parent
-with and without the mean of what was pruned. Text and statistics are those that the study made.
+with and without the mean of what was pruned. Text and statistics are those of the study.
 
-python -m studies.compensation --work runs/study-small
+python -m studies.compensation --corpora shared/corpora
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ import torch
 import prismoe
 from prismoe.data.shards import Domain, heldout_windows
 from prismoe.layerplan import LayerPlan
+from prismoe.progress import quiet
 from prismoe.stats.calibration import Calibration
 from prismoe.train.device import num_threads
 from prismoe.train.model import load_model
 from prismoe.train.scoring import score_text
-from studies.design import SEQ_LEN
-from studies.text import domains_of
+from studies.arms import questions
+from studies.design import SEQ_LEN, SIZES, jobs_of
+from studies.runner import check_inputs
+from studies.text import domains_of, prepare_text
+from studies.work import Places, calibration_of
 
 PARENT = Path(__file__).parent / "parent"
 Tensor = torch.Tensor
@@ -72,9 +76,21 @@ class Mixed(torch.nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/study-small"), help="where the study made its text")
-    work = parser.parse_args().work
-    domains = [Domain.open(path) for path in domains_of("all", work / "text")]
+    parser.add_argument("--corpora", type=Path, default=Path("shared/corpora"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study-small"), help="folder of the study")
+    args = parser.parse_args()
+    places, size = Places(PARENT, args.out), SIZES["small"]
+    jobs = jobs_of(questions(), size, source=check_inputs(PARENT, args.corpora))
+    regressed = {job.seed: job for job in jobs if "construction: random, regressed rows 50 %" in job.names}
+    prepare_text(
+        (), parent=PARENT, corpora=args.corpora, out=places.text, documents=size.heldout_documents, on_progress=quiet
+    )
+    measured = {
+        seed: Calibration.open(folder)
+        for seed, job in sorted(regressed.items())
+        if (folder := calibration_of(job, places, make=True))
+    }
+    domains = [Domain.open(path) for path in domains_of("all", places.text)]
     windows = [heldout_windows(domain, seq_len=SEQ_LEN) for domain in domains]
     model = load_model(PARENT)
     layers: Any = model.model.layers
@@ -87,11 +103,10 @@ def main() -> None:
 
     with num_threads(1), torch.no_grad():
         whole = loss()
-        print(f"parent {whole:.3f}; below the loss over it, seeds 0, 1, 2")
+        print(f"parent {whole:.3f}; below the loss over it, seeds {', '.join(map(str, measured))}")
         for top_k in (4, 2):
             rows: dict[str, list[float]] = {}
-            for seed in range(3):
-                found = Calibration.open(work / "calibration" / f"8-{seed}")
+            for seed, found in measured.items():
                 fixed: dict[str, Any] = {"seed": seed, "calibration": found}
                 plans = {
                     "mixture": prismoe.make_plan(PARENT, num_experts=8, top_k=top_k, router="regressed", **fixed),

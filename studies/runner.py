@@ -47,8 +47,9 @@ def study(asked: Sequence[Question], size: Size, places: Places, *, corpora: Pat
         InterruptedRun: stopped; the same call goes on.
     """
     jobs = jobs_of(asked, size, source=check_inputs(places.parent, corpora))
+    open_jobs = [job for job in jobs if not _done(job, places)]
     prepare_text(
-        {job.spec["text"] for job in jobs},
+        {job.spec["text"] for job in open_jobs},
         parent=places.parent,
         corpora=corpora,
         out=places.text,
@@ -57,12 +58,12 @@ def study(asked: Sequence[Question], size: Size, places: Places, *, corpora: Pat
     )
     measure_parent(places, eval_tokens=size.eval_tokens)
     made: set[Path | None] = set()
-    for job in jobs:
+    for job in open_jobs:
         if (folder := calibration_of(job, places)) not in made:
             made.add(folder)
             calibration_of(job, places, make=True)
     failed, started, spent = [], time.monotonic(), 0.0
-    left = sum(job.cost for job in jobs if not _done(job, places))
+    left = sum(job.cost for job in open_jobs)
     for count, (job, result) in enumerate(_results(jobs, places, workers=size.workers), 1):
         if isinstance(result, PrismoeError):
             failed.append(f"{job.names[0]}, seed {job.seed}: {result}")
